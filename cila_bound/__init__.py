@@ -1,0 +1,55 @@
+"""Bounds on the population loss of contrastive continual learning, from the losses that a run logs. Needs numpy and
+scipy only.
+
+log = cila_bound.read_log("losses.jsonl")
+certificate = cila_bound.certify(log, "moment")
+certificate.per_task, certificate.measured, certificate.tightness
+"""
+
+from cila_bound.certificate import Certificate, certify
+from cila_bound.coefficients import cila_weight, dual_price_weight
+from cila_bound.geometry import Geometry
+from cila_bound.losslog import LogError, LogWarning, LossLog, LossLogWriter, read_log
+from cila_bound.records import Header, Measurement, Statistic, TestLoss, Training, TupleValues
+from cila_bound.steps import (
+    MomentStep,
+    PinskerStep,
+    PointwiseStep,
+    Step,
+    linear_step,
+    moment_step,
+    pinsker_step,
+    pointwise_step,
+    saturating_step,
+)
+from cila_bound.theorem import Theorem1, theorem1
+
+__all__ = [
+    "Certificate",
+    "Geometry",
+    "Header",
+    "LogError",
+    "LogWarning",
+    "LossLog",
+    "LossLogWriter",
+    "Measurement",
+    "MomentStep",
+    "PinskerStep",
+    "PointwiseStep",
+    "Statistic",
+    "Step",
+    "TestLoss",
+    "Theorem1",
+    "Training",
+    "TupleValues",
+    "certify",
+    "cila_weight",
+    "dual_price_weight",
+    "linear_step",
+    "moment_step",
+    "pinsker_step",
+    "pointwise_step",
+    "read_log",
+    "saturating_step",
+    "theorem1",
+]

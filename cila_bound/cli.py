@@ -1,0 +1,82 @@
+"""The console command ``cila-bound``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import get_args
+
+from cila_bound.certificate import Chain, Data, StepName
+from cila_bound.losslog import read_log
+from cila_bound.report import Report
+
+_EPILOG = """\
+exit status: 0 if every bound holds on the measured test losses, 1 if one is violated beyond its sampling error,
+2 on bad input. Losses are in nats. A cell of the table is the bound and, in brackets, bound / measured; "vac" marks a
+bound at or above the ceiling, which says nothing, with its unclipped value. theorem1 bounds the sum over tasks only.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    status = 0
+    for path in options.log:
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                log = read_log(path)
+            for warning in caught:
+                print(f"cila-bound: warning: {warning.message}", file=sys.stderr)
+            report = Report.of(
+                log,
+                steps=options.step,
+                chains=get_args(Chain) if options.chain == "both" else (options.chain,),
+                data=options.data,
+                after_task=options.after_task,
+                sigmas=options.sigmas,
+            )
+        except (OSError, ValueError, LookupError) as error:
+            print(f"cila-bound: {error}", file=sys.stderr)
+            return 2
+        print(json.dumps({"log": path, **report.as_json()}, allow_nan=False) if options.json else report.as_text(path))
+        status = max(status, 1 if report.violations else 0)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cila-bound", description="Bounds on the population loss, from the losses that a run logged."
+    )
+    evaluate = parser.add_subparsers(dest="command", required=True).add_parser(
+        "evaluate",
+        help="every bound of a loss log beside the measured test losses",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = evaluate.add_argument
+    add("log", nargs="+", help="loss log of a run (losses.jsonl)")
+    add("--step", action="append", choices=get_args(StepName), help="only this bound; may be repeated (default: all)")
+    add(
+        "--chain",
+        choices=(*get_args(Chain), "both"),
+        default="both",
+        help="full: from each task's own model, a step per later task; refreshed: the last step alone (default: both)",
+    )
+    add(
+        "--data",
+        choices=get_args(Data),
+        default="heldout",
+        help="tuples that the bounds are computed from (default: heldout)",
+    )
+    add("--after-task", type=int, metavar="T", help="bound the model after task T (default: the last one logged)")
+    add("--sigmas", type=float, default=3.0, help="standard errors of room before a bound is violated (default: 3)")
+    add("--json", action="store_true", help="one JSON object per log instead of tables")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,168 @@
+"""All bounds of one log, as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from cila_bound.certificate import ASSUMPTIONS, Certificate, Chain, Data, StepName, certify, standard_error
+from cila_bound.losslog import LossLog
+from cila_bound.violations import Violation, find_violations
+
+_MEANING = {"full": "from each task's own model, one step per later task", "refreshed": "the last step alone"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Certificates of one log, what they violate, and the bounds that the log has no records for."""
+
+    log: LossLog
+    certificates: list[Certificate]
+    violations: list[tuple[Certificate, Violation]]
+    skipped: list[str]
+
+    @staticmethod
+    def of(
+        log: LossLog,
+        *,
+        steps: Sequence[StepName] | None = None,
+        chains: Sequence[Chain] = ("full", "refreshed"),
+        data: Data = "heldout",
+        after_task: int | None = None,
+        sigmas: float = 3.0,
+    ) -> Report:
+        """Evaluates ``steps`` (default: all that the log holds records for) on ``chains``.
+
+        Raises ValueError if nothing can be evaluated, and LookupError if a step that was asked for lacks records.
+        """
+        if log.last_task == 0:
+            raise ValueError("the log holds a header and no records: train at least one task")
+        certificates: list[Certificate] = []
+        skipped: list[str] = []
+        for chain in chains:
+            for step in steps or get_args(StepName):
+                if (step, chain) in (("theorem1", "refreshed"), ("pointwise", "full")):
+                    continue
+                try:
+                    certificates.append(certify(log, step, chain=chain, data=data, after_task=after_task))
+                except LookupError as error:
+                    if steps:
+                        raise
+                    skipped.append(f"{step} ({chain}): {error}")
+        if not certificates:
+            reasons = skipped or [f"{', '.join(steps or ())} does not exist for the {', '.join(chains)} chain"]
+            raise ValueError(f"no bound can be evaluated: {reasons[0]}")
+        violations = [(c, violation) for c in certificates for violation in find_violations(log, c, sigmas)]
+        return Report(log, certificates, violations, skipped)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values; an infinite bound is the string "inf"."""
+        header, geometry = self.log.header, self.log.geometry
+        return _finite(
+            {
+                "method": header.method,
+                "seed": header.seed,
+                "temperature": header.temperature,
+                "n_negatives": header.n_negatives,
+                "floor": geometry.floor,
+                "chance": geometry.chance,
+                "ceiling": geometry.ceiling,
+                "holds": not self.violations,
+                "certificates": [_certificate_json(certificate) for certificate in self.certificates],
+                "violations": [
+                    {"step": certificate.step, "chain": certificate.chain, **dataclasses.asdict(violation)}
+                    for certificate, violation in self.violations
+                ],
+                "skipped": self.skipped,
+            }
+        )
+
+    def as_text(self, title: str) -> str:
+        header, geometry, first = self.log.header, self.log.geometry, self.certificates[0]
+        negatives = f"{header.n_negatives} negative{'s' if header.n_negatives > 1 else ''}"
+        lines = [
+            f"{title}: {header.method}, seed {header.seed}, after task {first.after_task} of {len(header.tasks)}",
+            f"temperature {header.temperature:g}, {negatives}; floor {geometry.floor:.4g}, "
+            f"chance {geometry.chance:.4g}, ceiling {geometry.ceiling:.4g} nats; plug-in, no confidence level",
+        ]
+        for chain in get_args(Chain):
+            columns = [c for c in self.certificates if c.chain == chain]
+            if columns:
+                lines += ["", f"{chain} chain ({_MEANING[chain]}), {first.data} tuples", *self._table(columns)]
+        lines += ["", "needs, beside unit-norm embeddings, one temperature, and tuples of past tasks:"]
+        lines += [f"  {step:<10}  {ASSUMPTIONS[step]}" for step in dict.fromkeys(c.step for c in self.certificates)]
+        lines += [f"not evaluated: {reason}" for reason in self.skipped]
+        return "\n".join([*lines, "", *self._verdict()])
+
+    def _verdict(self) -> list[str]:
+        lines = []
+        for certificate, violation in self.violations:
+            relation = f"{'>' if violation.side == 'upper' else '<'} {violation.side} bound {violation.bound:.6g}"
+            lines.append(
+                f"VIOLATED: {certificate.step} ({certificate.chain}), task {violation.task}: "
+                f"loss {violation.measured:.6g} on {violation.measured_on} tuples {relation}"
+            )
+            if certificate.data == "training" or certificate.step == "theorem1":
+                lines.append(
+                    "  (from losses on data that the models were fitted to: this may be the generalisation gap)"
+                )
+        if lines:
+            return lines
+        losses = self.certificates[0].measured
+        compared = sum(loss is not None for loss in losses)
+        if not compared:
+            return ["no measured test losses in the log: nothing to compare the bounds with"]
+        return [f"all bounds hold on the measured test losses of {compared} of {len(losses)} tasks"]
+
+    def _table(self, columns: list[Certificate]) -> list[str]:
+        first = columns[0]
+        rows = [["task", "steps", "measured", *(c.step for c in columns)]]
+        for index, name in enumerate(first.tasks):
+            cells = ["-" if c.theorem else _task_cell(c, index) for c in columns]
+            rows.append([name, str(first.after_task - index - 1), self._measured(first, index + 1), *cells])
+        truth = "-" if first.measured_total is None else f"{first.measured_total:.4g}"
+        totals = [_cell(c.total, c.unclipped_total, c.vacuous_total, c.tightness_total) for c in columns]
+        rows.append(["total", "", truth, *totals])
+        rows.append(["lower", "", "", *(f"{c.lower_total:.4g}" for c in columns)])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+    def _measured(self, certificate: Certificate, task: int) -> str:
+        if certificate.measured[task - 1] is None:
+            return "-"
+        test = self.log.test(certificate.after_task, task)
+        return f"{test.contrastive.mean:.4g} +- {standard_error(test.contrastive, test.n_effective):.2g}"
+
+
+def _task_cell(c: Certificate, index: int) -> str:
+    return _cell(c.per_task[index], c.unclipped_per_task[index], c.vacuous[index], c.tightness[index])
+
+
+def _cell(bound: float, unclipped: float, vacuous: bool, tightness: float | None) -> str:
+    if vacuous:
+        return f"{unclipped:.3g} vac"
+    return f"{bound:.3g}" if tightness is None else f"{bound:.3g} ({tightness:.1f}x)"
+
+
+def _certificate_json(certificate: Certificate) -> dict[str, Any]:
+    fields = {field.name: getattr(certificate, field.name) for field in dataclasses.fields(certificate)}
+    del fields["geometry"]  # the report says it once
+    if certificate.theorem is not None:
+        theorem = certificate.theorem
+        fields["theorem"] = {name: getattr(theorem, name) for name in ("alpha", "eta", "gammas", "terms")}
+    derived = ("mean", "vacuous", "vacuous_total", "measured_total", "tightness", "tightness_total")
+    return fields | {name: getattr(certificate, name) for name in derived}
+
+
+def _finite(value: Any) -> Any:
+    """Infinite numbers as the strings "inf" and "-inf": JSON has none."""
+    if isinstance(value, float) and math.isinf(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,71 @@
+"""Does a certificate hold on the data? A bound that fails beyond sampling error is a bug in the bound, the log or the
+model's norm.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from cila_bound.certificate import Certificate, certify, standard_error
+from cila_bound.losslog import LossLog
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A measured loss outside [lower, upper] of a certificate. ``task`` is a task's name or "total"; losses in nats.
+
+    ``measured_on`` is "test" (``measured`` and ``bound`` are then the ends nearest to each other within the margin)
+    or "bound tuples": the very tuples the bound was computed from, where it must hold exactly.
+    """
+
+    task: str
+    side: Literal["upper", "lower"]
+    measured: float
+    bound: float
+    measured_on: Literal["test", "bound tuples"]
+
+
+def find_violations(log: LossLog, certificate: Certificate, sigmas: float = 3.0) -> tuple[Violation, ...]:
+    """All violations of a certificate of this log, empty if it holds.
+
+    Test losses are compared with ``sigmas`` standard errors of room on either side: the measured mean is moved
+    towards the bound and the bound recomputed from logged means moved outwards. With ``fixed_tuples`` and held-out
+    data the bound is also compared with the loss on its own tuples, where it holds without sampling error.
+    """
+    wide = certify(
+        log,
+        certificate.step,
+        chain=certificate.chain,
+        data=certificate.data,
+        after_task=certificate.after_task,
+        standard_errors=sigmas,
+    )
+    found: list[Violation] = []
+    means, margins = [], []
+    for task, name in enumerate(certificate.tasks, start=1):
+        if certificate.measured[task - 1] is None:
+            continue
+        test = log.test(certificate.after_task, task)
+        means.append(test.contrastive.mean)
+        margins.append(sigmas * standard_error(test.contrastive, test.n_effective))
+        found += _outside(name, means[-1], margins[-1], wide.lower_per_task[task - 1], wide.per_task[task - 1], "test")
+    if len(means) == len(certificate.tasks):  # tasks may share images: errors add up, not their squares
+        found += _outside("total", math.fsum(means), math.fsum(margins), wide.lower_total, wide.total, "test")
+    if log.header.fixed_tuples and certificate.data == "heldout" and certificate.step != "theorem1":
+        for task, name in enumerate(certificate.tasks, start=1):
+            loss = log.measurement(certificate.after_task, task, "heldout").contrastive.mean
+            bounds = certificate.lower_per_task[task - 1], certificate.per_task[task - 1]
+            found += _outside(name, loss, 1e-6 * (1.0 + log.geometry.ceiling), *bounds, "bound tuples")
+    return tuple(found)
+
+
+def _outside(
+    name: str, loss: float, margin: float, lower: float, upper: float, measured_on: Literal["test", "bound tuples"]
+) -> list[Violation]:
+    if loss - margin > upper:
+        return [Violation(name, "upper", loss - margin, upper, measured_on)]
+    if loss + margin < lower:
+        return [Violation(name, "lower", loss + margin, lower, measured_on)]
+    return []

@@ -1,0 +1,1 @@
+"""Continual-learning runs that log what the bounds need. ``python -m experiments --help``."""

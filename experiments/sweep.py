@@ -1,0 +1,43 @@
+"""Several runs at a time on one machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from joblib import Parallel, delayed
+from tqdm import tqdm
+
+from experiments.config import RunConfig
+from experiments.methods import MethodName
+
+
+def sweep(
+    base: RunConfig, methods: Sequence[MethodName], seeds: Sequence[int], jobs: int, out: Path
+) -> list[tuple[str, str]]:
+    """Trains every method with every seed in ``jobs`` processes; returns (run, reason) of each that failed.
+
+    Raises ValueError if there is nothing to do or a run's directory holds another configuration: before any run starts.
+    """
+    configs = [dataclasses.replace(base, method=method, seed=seed) for method in methods for seed in seeds]
+    if not configs or jobs < 1:
+        raise ValueError(
+            f"a sweep needs at least one method, one seed and one job, got {len(methods)}, {len(seeds)} and {jobs}"
+        )
+    for config in configs:
+        config.save(out / config.name / "config.json")
+    results = Parallel(n_jobs=jobs, return_as="generator_unordered")(
+        delayed(_run)(config, out, jobs == 1) for config in configs
+    )
+    return [failure for failure in tqdm(results, total=len(configs), desc="runs", unit="run") if failure is not None]
+
+
+def _run(config: RunConfig, out: Path, show_progress: bool) -> tuple[str, str] | None:
+    from experiments.train import run
+
+    try:
+        run(config, out / config.name, show_progress=show_progress)
+    except (ValueError, OSError, RuntimeError) as error:
+        return config.name, f"{type(error).__name__}: {error}"
+    return None

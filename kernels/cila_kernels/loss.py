@@ -1,0 +1,194 @@
+"""The two public calls: InfoNCE (or SupCon) and relation distillation over one candidate set."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cila_kernels import reference, streaming
+from cila_kernels._problem import MissingPositive, check_row_vector, prepare
+from cila_kernels._rows import RowLosses
+
+Impl = Literal["auto", "reference", "streaming", "triton"]
+_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class ReducedLoss(NamedTuple):
+    """``loss`` (0-d, differentiable) and the detached per-row terms of :class:`RowLosses`, shape (N,), in nats."""
+
+    loss: Tensor
+    contrastive: Tensor
+    distillation: Tensor | None
+    teacher_entropy: Tensor | None
+    teacher_contrastive: Tensor | None
+
+
+def info_nce_distill(
+    query: Tensor,
+    key: Tensor,
+    teacher_query: Tensor | None = None,
+    teacher_key: Tensor | None = None,
+    *,
+    positive: Tensor | None = None,
+    query_label: Tensor | None = None,
+    key_label: Tensor | None = None,
+    query_id: Tensor | None = None,
+    key_id: Tensor | None = None,
+    temperature: float | Tensor,
+    student_temperature: float | Tensor | None = None,
+    teacher_temperature: float | Tensor | None = None,
+    on_missing_positive: MissingPositive = "error",
+    strict: bool = False,
+    impl: Impl = "auto",
+) -> RowLosses:
+    """Contrastive and distillation loss of every query over all keys, without storing the N x M similarities.
+
+    It replaces::
+
+        q = (query @ key.T / temperature).log_softmax(1) contrastive = -q[range(N), positive]
+        # or the mean over all keys of the row's label p = (teacher_query @ teacher_key.T /
+        teacher_temperature).softmax(1) distillation = -(p * (query @ key.T /
+        student_temperature).log_softmax(1)).sum(1)
+
+    Arguments:
+        query (N, D), key (M, D): unit-norm embeddings in float16, bfloat16, float32 or float64; gradients flow to
+        both, and a key that
+            does not require grad (a queue) costs none.
+        teacher_query (N, D'), teacher_key (M, D'): the frozen previous model's embeddings of the same samples, no
+        gradient; D' is free. positive (N,): index of each row's positive key (InfoNCE); or query_label (N,),
+        key_label (M,): every key with the row's label is a positive (SupCon, mean over positives outside the log).
+        query_id (N,), key_id (M,): a key with the row's own id is left out of every softmax, the teacher's too, and
+        is no positive. temperature, student_temperature (default: temperature), teacher_temperature (default:
+        student_temperature): floats or 0-d
+            tensors; the student's two are differentiable.
+        on_missing_positive: rows without any positive raise an error, or with "ignore" have contrastive loss 0.
+        strict: embeddings that are not unit-norm raise an error instead of one warning.
+        impl: "reference" (float64, all similarities, the oracle), "streaming" (any device, row blocks), "triton"
+        (GPU), or "auto".
+
+    Returns per-row losses (N,) in nats, differentiable with any upstream gradient; half-precision input is computed
+    and returned in float32.
+
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices, non-finite embeddings, temperatures <= 0, an
+    empty candidate set, an index out of range or missing positives; RuntimeError if ``impl`` is not available.
+
+    Sources: InfoNCE (van den Oord et al. 2018), SupCon (Khosla et al. 2020, L_out), instance-wise relation
+    distillation (Cha et al. 2021).
+    """
+    problem = prepare(
+        query,
+        key,
+        teacher_query,
+        teacher_key,
+        positive=positive,
+        query_label=query_label,
+        key_label=key_label,
+        query_id=query_id,
+        key_id=key_id,
+        temperature=temperature,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        on_missing_positive=on_missing_positive,
+        needs_positive=None,
+        strict=strict,
+    )
+    return _module(impl).row_losses(problem)
+
+
+def info_nce_distill_loss(
+    query: Tensor,
+    key: Tensor,
+    teacher_query: Tensor | None = None,
+    teacher_key: Tensor | None = None,
+    *,
+    positive: Tensor | None = None,
+    query_label: Tensor | None = None,
+    key_label: Tensor | None = None,
+    query_id: Tensor | None = None,
+    key_id: Tensor | None = None,
+    temperature: float | Tensor,
+    student_temperature: float | Tensor | None = None,
+    teacher_temperature: float | Tensor | None = None,
+    distill_weight: float | Tensor = 1.0,
+    anchor_mask: Tensor | None = None,
+    on_missing_positive: MissingPositive = "error",
+    strict: bool = False,
+    impl: Impl = "auto",
+) -> ReducedLoss:
+    """contrastive[anchor_mask].mean() + (distill_weight * distillation).mean(), with its gradients formed in the
+    forward pass.
+
+    The weights are known beforehand, so nothing is recomputed: cheaper than reducing :func:`info_nce_distill`, same
+    numbers.
+
+    Arguments beyond those of :func:`info_nce_distill`:
+        distill_weight: lambda, a finite float >= 0 or a tensor of one per row (N,), without gradient. anchor_mask
+        (N,) bool: the rows whose contrastive loss counts (asymmetric SupCon: rows of the current task); default all.
+        Other rows
+            need no positive, and are distilled all the same. A mask without any True gives contrastive loss 0 with
+            on_missing_positive="ignore" and an error otherwise.
+
+    Raises what :func:`info_nce_distill` raises, and the same for the two arguments above.
+    """
+    if isinstance(anchor_mask, Tensor) and isinstance(query, Tensor):
+        anchor_mask = check_row_vector("anchor_mask", anchor_mask, query.shape[0], query.device, (torch.bool,))
+        if on_missing_positive == "error" and not anchor_mask.any():
+            raise ValueError(
+                "anchor_mask selects no row: pass on_missing_positive='ignore' to count the contrastive loss as 0"
+            )
+    elif anchor_mask is not None:
+        raise TypeError(f"anchor_mask must be a bool tensor, got {type(anchor_mask).__name__}")
+    problem = prepare(
+        query,
+        key,
+        teacher_query,
+        teacher_key,
+        positive=positive,
+        query_label=query_label,
+        key_label=key_label,
+        query_id=query_id,
+        key_id=key_id,
+        temperature=temperature,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        on_missing_positive=on_missing_positive,
+        needs_positive=anchor_mask,
+        strict=strict,
+    )
+    weights = _contrastive_weight(query, anchor_mask), _distill_weight(query, distill_weight)
+    loss, rows = _module(impl).reduced_loss(problem, *weights)
+    return ReducedLoss(loss, *rows)
+
+
+def _contrastive_weight(query: Tensor, anchor_mask: Tensor | None) -> Tensor:
+    """1 / number of anchors on the anchors, float64 (N,)."""
+    if anchor_mask is None:
+        return torch.full((query.shape[0],), 1.0 / query.shape[0], dtype=torch.float64, device=query.device)
+    return anchor_mask.double() / anchor_mask.sum().clamp(min=1)
+
+
+def _distill_weight(query: Tensor, weight: float | Tensor) -> Tensor:
+    """lambda / N per row, float64 (N,)."""
+    n = query.shape[0]
+    if isinstance(weight, Tensor) and weight.ndim > 0:
+        row_weight = check_row_vector("distill_weight", weight, n, query.device, _WEIGHT_DTYPES).double()
+        if row_weight.requires_grad:
+            raise ValueError("distill_weight requires grad, but gets none: detach it")
+    else:
+        row_weight = torch.full((n,), float(weight), dtype=torch.float64, device=query.device)
+    if not (torch.isfinite(row_weight) & (row_weight >= 0)).all():
+        raise ValueError(f"distill_weight must be finite and >= 0, got {weight!r}")
+    return row_weight / n
+
+
+def _module(impl: str) -> ModuleType:
+    if impl == "triton":
+        raise RuntimeError(
+            'impl="triton" is not available in this release: use impl="streaming", which runs on any device'
+        )
+    if impl not in ("auto", "reference", "streaming"):
+        raise ValueError(f"impl must be 'auto', 'reference', 'streaming' or 'triton', got {impl!r}")
+    return reference if impl == "reference" else streaming

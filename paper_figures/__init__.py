@@ -1,0 +1,1 @@
+"""Figures from run logs; reads files, never trains. ``python -m paper_figures --help``."""

@@ -1,0 +1,78 @@
+"""Finished runs on disk, grouped by stream and method."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cila_bound import LossLog, read_log
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: its loss log and the content of its ``metrics.json``."""
+
+    log: LossLog
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All finished runs of one stream: for each method, one run per seed."""
+
+    stream: str
+    methods: dict[str, list[Run]]
+
+    @property
+    def any_run(self) -> Run:
+        return next(iter(self.methods.values()))[0]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.any_run.log.header.tasks
+
+
+def load_studies(root: Path) -> list[Study]:
+    """Every run below ``root`` that has both files, grouped by stream.
+
+    Raises ValueError if there is none, or if runs of one stream differ in more than method and seed (their mean would
+    mean nothing).
+    """
+    streams: dict[str, dict[str, list[Run]]] = {}
+    for metrics_path in sorted(root.glob("**/metrics.json")):
+        log_path = metrics_path.with_name("losses.jsonl")
+        if not log_path.exists():
+            raise ValueError(f"{log_path} is missing beside metrics.json: copy the whole run directory")
+        run = Run(read_log(log_path), json.loads(metrics_path.read_text()))
+        config = run.metrics["config"]
+        streams.setdefault(config["stream"], {}).setdefault(config["method"], []).append(run)
+    if not streams:
+        raise ValueError(
+            f"{root} holds no finished run (a directory with losses.jsonl and metrics.json): train some, or pass --runs"
+        )
+    for stream, methods in streams.items():
+        runs = [run for group in methods.values() for run in group]
+        first = _shared(runs[0])
+        for run in runs[1:]:
+            for name, value in _shared(run).items():
+                if value != first.get(name):
+                    raise ValueError(
+                        f"runs of {stream} below {root} differ in {name}, {first.get(name)!r} and {value!r}: "
+                        "keep them in separate folders"
+                    )
+    return [Study(stream, methods) for stream, methods in streams.items()]
+
+
+def _shared(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in run.metrics["config"].items() if name not in ("method", "seed")}
+
+
+def mean_and_std(rows: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (divisor n - 1; 0 for n = 1) over seeds, the first axis."""
+    values = np.asarray(rows, dtype=np.float64)
+    spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
+    return values.mean(axis=0), spread

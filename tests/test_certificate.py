@@ -1,0 +1,188 @@
+"""Chains of steps: against hand-rolled loops, on simulated runs with known truth, and violations to be found."""
+
+import dataclasses
+import math
+
+import pytest
+
+from cila_bound import LossLog, Statistic, TestLoss, certify, moment_step
+from cila_bound.certificate import StepName
+from cila_bound.report import Report
+from cila_bound.violations import find_violations
+from tests.simulate import simulate
+
+FULL: list[StepName] = ["theorem1", "linear", "saturating", "pinsker", "moment", "best"]
+REFRESHED: list[StepName] = ["linear", "saturating", "pinsker", "moment", "best", "pointwise"]
+BOTH = [(step, "full") for step in FULL] + [(step, "refreshed") for step in REFRESHED]
+
+
+@pytest.mark.parametrize(
+    ("step", "chain", "data"),
+    [
+        (*both, data)
+        for both in BOTH
+        for data in ("heldout", "training")
+        if (both[0], data) != ("pointwise", "training")
+    ],
+)
+def test_holds_exactly_on_the_tuples_it_was_computed_from(step: StepName, chain: str, data: str) -> None:
+    for seed, temperature, n_negatives, drift in ((0, 0.5, 1, 0.05), (1, 0.1, 7, 0.3), (2, 1.0, 50, 0.6)):
+        log = simulate(5, n_negatives, temperature, drift=drift, seed=seed)
+        result = certify(log, step, chain=chain, data=data)
+        for lower, truth, upper in zip(result.lower_per_task, result.measured, result.per_task, strict=True):
+            assert lower - 1e-9 <= truth <= upper + 1e-9
+        assert result.lower_total - 1e-9 <= result.measured_total <= result.total + 1e-9
+        assert find_violations(log, result) == ()
+
+
+def test_linear_chain_against_unrolled_loop() -> None:
+    log = simulate(4, 3, 0.5)
+    for task in range(1, 5):
+        value = log.measurement(task, task, "heldout").contrastive.mean
+        for t in range(task + 1, 5):
+            value = log.measurement(t, task, "heldout").distillation.mean + 4.0 * value
+        assert certify(log, "linear").unclipped_per_task[task - 1] == pytest.approx(value, rel=1e-12)
+
+
+def test_moment_and_pinsker_chains_against_loops() -> None:
+    log = simulate(4, 3, 0.5, drift=0.1)
+    moment, pinsker = certify(log, "moment"), certify(log, "pinsker")
+    for task in range(1, 4):
+        start = log.measurement(task, task, "heldout")
+        upper = lower = start.contrastive.mean
+        miss = start.miss_probability.mean
+        for t in range(task + 1, 5):
+            update = log.measurement(t, task, "heldout")
+            upper = moment_step(contrastive=upper, drift=update.drift.mean, geometry=log.geometry).upper
+            lower = moment_step(contrastive=lower, drift=update.drift.mean, geometry=log.geometry).lower
+            loss = update.distillation.mean + 4.0 * miss
+            miss += math.sqrt(update.drift.mean / 2)
+        assert moment.per_task[task - 1] == pytest.approx(upper, rel=1e-12)
+        assert moment.lower_per_task[task - 1] == pytest.approx(lower, rel=1e-12)
+        assert pinsker.unclipped_per_task[task - 1] == pytest.approx(loss, rel=1e-12)
+
+
+def test_orderings() -> None:
+    """best is inside the others, saturating in linear, pointwise in refreshed moment, refreshed moment in full."""
+    for seed in range(4):
+        log = simulate(5, 2, 0.5, drift=0.15, seed=seed)
+        full = {step: certify(log, step) for step in FULL}
+        for step in ("linear", "saturating", "pinsker", "moment"):
+            for i in range(5):
+                assert full["best"].per_task[i] <= full[step].per_task[i] + 1e-12
+                assert full["best"].lower_per_task[i] >= full[step].lower_per_task[i] - 1e-12
+        refreshed, pointwise = (certify(log, step, chain="refreshed") for step in ("moment", "pointwise"))
+        for i in range(5):
+            assert full["saturating"].per_task[i] <= full["linear"].per_task[i] + 1e-12
+            assert pointwise.per_task[i] <= refreshed.per_task[i] + 1e-6
+            assert refreshed.per_task[i] <= full["moment"].per_task[i] + 1e-9
+
+
+def test_summary_figures() -> None:
+    log = simulate(4, 1, 0.5)
+    result = certify(log, "linear")
+    geometry = log.geometry
+    assert result.total == pytest.approx(sum(result.per_task))
+    assert result.mean == pytest.approx(result.total / 4)
+    assert result.kind == "plug_in"
+    assert result.per_task[-1] == pytest.approx(log.measurement(4, 4, "heldout").contrastive.mean)
+    assert result.tightness == pytest.approx([b / m for b, m in zip(result.per_task, result.measured, strict=True)])
+    assert result.vacuous == tuple(value >= geometry.ceiling for value in result.unclipped_per_task)
+    assert result.vacuous[0]
+    assert not result.vacuous[-1]
+    assert all(geometry.floor <= value <= geometry.ceiling for value in result.per_task + result.lower_per_task)
+
+
+def test_a_margin_widens_both_sides() -> None:
+    log = simulate(4, 2, 0.5, drift=0.1)
+    for step, chain in BOTH:
+        narrow, wide = (certify(log, step, chain=chain, standard_errors=z) for z in (0.0, 2.0))
+        if step == "theorem1":
+            continue  # training losses are logged without a variance
+        for i in range(4):
+            assert wide.lower_per_task[i] <= narrow.lower_per_task[i] + 1e-12
+            assert narrow.per_task[i] <= wide.per_task[i] + 1e-12
+        assert wide.total > narrow.total
+
+
+def test_earlier_models_can_be_certified() -> None:
+    log = simulate(4, 2, 0.5)
+    assert len(certify(log, "moment", after_task=2).per_task) == 2
+    assert certify(log, "moment", after_task=1).per_task == (log.measurement(1, 1, "heldout").contrastive.mean,)
+
+
+def test_a_log_without_test_records_has_no_tightness() -> None:
+    full = simulate(3, 2, 0.5)
+    log = LossLog(full.header)
+    for record in full.records:
+        if not isinstance(record, TestLoss):
+            log.add(record)
+    result = certify(log, "moment")
+    assert result.measured == (None, None, None)
+    assert result.tightness == (None, None, None)
+    assert result.tightness_total is None
+    assert "nothing to compare" in Report.of(log).as_text("log")
+
+
+def with_test_loss(log: LossLog, task: int, mean: float) -> LossLog:
+    """The same log with another measured test loss of the last model on ``task``."""
+    changed = LossLog(log.header)
+    for record in log.records:
+        if isinstance(record, TestLoss) and (record.after_task, record.task) == (log.last_task, task):
+            record = dataclasses.replace(record, contrastive=Statistic(mean, record.contrastive.variance))
+        changed.add(record)
+    return changed
+
+
+@pytest.mark.parametrize("side", ["upper", "lower"])
+def test_a_false_test_loss_is_a_violation(side: str) -> None:
+    log = simulate(4, 1, 0.5, drift=0.02, n=4000)
+    certificate = certify(log, "moment")
+    extreme = log.geometry.ceiling if side == "upper" else log.geometry.floor
+    false = with_test_loss(log, 2, 0.9 * extreme if side == "upper" else extreme)
+    found = find_violations(false, certify(false, "moment"))
+    assert [(v.task, v.side, v.measured_on) for v in found if v.task != "total"] == [("task 2", side, "test")]
+    within = certificate.per_task[1] + 1e-3  # above the bound, but by less than its sampling error
+    assert find_violations(with_test_loss(log, 2, within), certify(with_test_loss(log, 2, within), "moment")) == ()
+
+
+def test_a_false_drift_is_found_on_the_bounds_own_tuples() -> None:
+    """Drift logged as 0 while the loss moved: no sampling error can explain it, however small."""
+    log = simulate(2, 1, 0.5, drift=0.3)
+    false = LossLog(log.header)
+    for record in log.records:
+        if record.kind == "measurement" and record.drift is not None and record.task < record.after_task:
+            zero = Statistic(0.0, 0.0)
+            record = dataclasses.replace(record, drift=zero, teacher_entropy=record.distillation, tuples=None)
+        if not isinstance(record, TestLoss):
+            false.add(record)
+    found = find_violations(false, certify(false, "moment"))
+    assert [v.measured_on for v in found] == ["bound tuples"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"step": "magic"}, ValueError, "step must be one of .* got 'magic'"),
+        ({"chain": "half"}, ValueError, "chain must be one of"),
+        ({"data": "test"}, ValueError, "data must be one of"),
+        ({"step": "pointwise"}, ValueError, 'needs chain="refreshed"'),
+        ({"step": "theorem1", "chain": "refreshed"}, ValueError, 'needs chain="full"'),
+        ({"after_task": 9}, ValueError, "after_task must be in 1..3 and logged, got 9"),
+        ({"standard_errors": -1.0}, ValueError, "standard_errors"),
+        ({"step": "pointwise", "chain": "refreshed", "data": "training"}, LookupError, "no per-tuple values"),
+    ],
+)
+def test_refuses(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        certify(simulate(3, 2, 0.5), **options)
+
+
+def test_a_missing_record_is_named() -> None:
+    full = simulate(3, 2, 0.5)
+    log = LossLog(full.header)
+    for record in full.records:
+        if record.key != ("measurement", 3, 2, "heldout"):
+            log.add(record)
+    with pytest.raises(LookupError, match=r"no record measurement \(after task 3, on task 2, split heldout\)"):
+        certify(log, "moment")
