@@ -34,6 +34,14 @@ def certificates(run: Run) -> dict[str, Certificate]:
     return found
 
 
+def measured(certificate: Certificate) -> list[float]:
+    """The measured test losses, one per task. Raises LookupError if the log lacks one: a figure compares with them."""
+    for task, loss in zip(certificate.tasks, certificate.measured, strict=True):
+        if loss is None:
+            raise LookupError(f"the log has no test record of task {task}: log the losses on test tuples, too")
+    return [loss for loss in certificate.measured if loss is not None]
+
+
 def _by_method(study: Study) -> dict[str, list[dict[str, Certificate]]]:
     return {method: [certificates(run) for run in runs] for method, runs in study.methods.items()}
 
@@ -44,7 +52,7 @@ def measured_vs_bounds(study: Study) -> Figure:
     geometry, tasks = study.any_run.log.geometry, study.tasks
     x = np.arange(len(tasks))
     for axes, (method, found) in zip(row, _by_method(study).items(), strict=True):
-        measured, spread = mean_and_std([run["moment"].measured for run in found])
+        truth, spread = mean_and_std([measured(run["moment"]) for run in found])
         labels = [label for label in BOUND_STYLE if all(label in run for run in found)]
         for position, label in enumerate(labels):
             colour, marker = BOUND_STYLE[label]
@@ -55,7 +63,7 @@ def measured_vs_bounds(study: Study) -> Figure:
             )
         axes.bar(
             x,
-            measured,
+            truth,
             0.84,
             yerr=spread,
             color="#dddddd",
@@ -67,7 +75,7 @@ def measured_vs_bounds(study: Study) -> Figure:
         _loss_lines(axes, geometry.floor, geometry.chance, geometry.ceiling)
         theorem = [certify(run.log, "theorem1").unclipped_total for run in study.methods[method]]
         total = f"{np.mean(theorem):.3g}" if np.isfinite(theorem).all() else "infinite"
-        axes.set_title(f"{method}\nsum of tasks: {measured.sum():.3g} nats, Theorem 1 form {total}", fontsize=9)
+        axes.set_title(f"{method}\nsum of tasks: {truth.sum():.3g} nats, Theorem 1 form {total}", fontsize=9)
         axes.set_yscale("log")
         axes.set_xticks(x, tasks)
         axes.set_xlabel("task (first to last)")
@@ -88,9 +96,7 @@ def tightness(study: Study) -> Figure:
     for axes, (method, found) in zip(row, _by_method(study).items(), strict=True):
         for label, (colour, marker) in BOUND_STYLE.items():
             if all(label in run for run in found):
-                ratios = [
-                    np.divide(run[label].unclipped_per_task, np.asarray(run[label].measured, float)) for run in found
-                ]
+                ratios = [np.divide(run[label].unclipped_per_task, measured(run[label])) for run in found]
                 mean, error = mean_and_std(ratios)
                 axes.errorbar(
                     steps, mean, error, marker=marker, color=colour, markersize=4, capsize=2, linewidth=1, label=label

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cila_bound import certify
-from paper_figures.figures import certificates
+from paper_figures.figures import certificates, measured
 from paper_figures.runs import Study, mean_and_std
 from paper_figures.style import BOUND_STYLE, caption
 
@@ -20,7 +20,7 @@ def summary(study: Study) -> str:
     for method, runs in study.methods.items():
         found = [certificates(run) for run in runs]
         values: list[list[float]] = [
-            [sum(loss or 0.0 for loss in run["moment"].measured) for run in found],
+            [sum(measured(run["moment"])) for run in found],
             *([run[label].unclipped_total for run in found] for label in bounds),
             [certify(run.log, "theorem1").unclipped_total for run in runs],
             *([100.0 * run.metrics["class_il"][name] for run in runs] for name in ("average_accuracy", "forgetting")),
