@@ -20,8 +20,8 @@ numbers: the "bad" tuple (p-hat, p_min) and the "good" tuple (p_max, q*(p_max)).
 
 Lower. q* = clip((1 + b p)/(1 + b)). Where q* = p_max, i.e. p >= p_2 = ((1+b) p_max - 1)/b, F is concave, then convex,
 and its only interior minimum solves a/p = b (log-odds(p_max) - log-odds(p)): the principal Lambert W value. Below
-p_2, F'(p) = b (a z - log(1 + z)): F rises, then falls. Hence c is the smallest of four numbers: p_min, p_2, p-hat,
-p_max.
+p_2, F'(p) = b (a z - log(1 + z)): F rises, then falls, and F' is continuous at p_2, so the minimum is not there.
+Hence c is the smallest of three numbers, at p_min, p-hat and p_max.
 
 **Rigour.** p-hat is known to rounding only. On the concave (convex) piece the tangent at p-hat bounds F, so the
 remainder |F'(p-hat)| x (length of the piece) is added (subtracted), and so is a rounding pad of a few ulps of every
@@ -164,7 +164,7 @@ def upper_atoms(geometry: Geometry) -> Atoms:
 
 def lower_atoms(geometry: Geometry) -> Atoms:
     """(a, b) -> the bad tuple (p = p_min) and the best other candidate of c(a, b); c is the smaller of their values."""
-    (u_min, u_max), ceiling, floor, p_max = geometry.log_odds, geometry.ceiling, geometry.floor, geometry.p_max
+    (u_min, u_max), ceiling, floor = geometry.log_odds, geometry.ceiling, geometry.floor
 
     def at(a: float, b: float, u: float, surprisal: float) -> Atom:
         """F at p with q* = (1 + b p)/(1 + b), whose log-odds exceed those of p by log(1 + 1/(b p))."""
@@ -173,10 +173,6 @@ def lower_atoms(geometry: Geometry) -> Atoms:
 
     def atoms(a: float, b: float) -> tuple[Atom, Atom]:
         bad, good = at(a, b, u_min, ceiling), at(a, b, u_max, floor)
-        if b > 0.0 and (1.0 + b) * p_max > 1.0:
-            u_2 = math.log((1.0 + b) * p_max - 1.0) - math.log1p(b) + softplus(u_max)
-            if u_min < u_2 < u_max:
-                good = min(good, at(a, b, u_2, softplus(-u_2)))
         # p-hat: a/p = b (u_max - u): with r = a/b, y = u_max - r - u <= 1 solves y exp(-y) = r exp(r - u_max).
         r = a / b if b > 0.0 else math.inf
         if 0.0 < r < math.inf and math.log(r) + r - u_max <= -1.0:

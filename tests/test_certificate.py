@@ -6,7 +6,7 @@ import math
 import pytest
 
 from cila_bound import LossLog, Statistic, TestLoss, certify, moment_step
-from cila_bound.certificate import StepName
+from cila_bound.certificate import StepName, standard_error
 from cila_bound.report import Report
 from cila_bound.violations import find_violations
 from tests.simulate import simulate
@@ -135,15 +135,16 @@ def with_test_loss(log: LossLog, task: int, mean: float) -> LossLog:
 
 
 @pytest.mark.parametrize("side", ["upper", "lower"])
-def test_a_false_test_loss_is_a_violation(side: str) -> None:
+def test_a_test_loss_is_a_violation_just_beyond_its_sampling_error(side: str) -> None:
+    """The limit: the bound from means moved by 3 standard errors, plus 3 standard errors of the test loss."""
     log = simulate(4, 1, 0.5, drift=0.02, n=4000)
-    certificate = certify(log, "moment")
-    extreme = log.geometry.ceiling if side == "upper" else log.geometry.floor
-    false = with_test_loss(log, 2, 0.9 * extreme if side == "upper" else extreme)
-    found = find_violations(false, certify(false, "moment"))
-    assert [(v.task, v.side, v.measured_on) for v in found if v.task != "total"] == [("task 2", side, "test")]
-    within = certificate.per_task[1] + 1e-3  # above the bound, but by less than its sampling error
-    assert find_violations(with_test_loss(log, 2, within), certify(with_test_loss(log, 2, within), "moment")) == ()
+    room = 3.0 * standard_error(log.test(4, 2).contrastive, 4000)
+    wide = certify(log, "moment", standard_errors=3.0)
+    limit = wide.per_task[1] + room if side == "upper" else wide.lower_per_task[1] - room
+    for distance, expected in ((1e-6, [("task 2", side, "test")]), (-1e-6, [])):
+        changed = with_test_loss(log, 2, limit + (distance if side == "upper" else -distance))
+        found = find_violations(changed, certify(changed, "moment"))
+        assert [(v.task, v.side, v.measured_on) for v in found if v.task != "total"] == expected
 
 
 def test_a_false_drift_is_found_on_the_bounds_own_tuples() -> None:

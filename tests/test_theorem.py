@@ -11,30 +11,34 @@ from tests.simulate import simulate
 
 GEOMETRY = Geometry(0.5, 1)  # B = 4
 LOSSES, WEIGHTS = [0.5, 0.8, 0.9], [0.0, 1.0, 2.0]
-SHARES = [[1.0], [0.25, 0.75], [0.2, 0.2, 0.6]]
+SHARES = [[1.0], [0.25, 0.75], [0.3, 0.1, 0.6]]
 
 
 def test_against_hand_computation() -> None:
-    """gamma = 1, min(.75, 1 x .25), min(.6, 2 x .2); terms 16 x .5, 4 x .8 / .25, .9 / .4."""
+    """gamma = 1, min(.75, 1 x .25), min(.6, 2 x .1); terms 16 x .5, 4 x .8 / .25, .9 / .2."""
     result = theorem1(LOSSES, WEIGHTS, SHARES, GEOMETRY)
     assert result.alpha == 4.0
-    assert result.gammas == pytest.approx((1.0, 0.25, 0.4))
-    assert result.terms == pytest.approx((8.0, 12.8, 2.25))
-    assert result.upper == pytest.approx(23.05)
+    assert result.gammas == pytest.approx((1.0, 0.25, 0.2))
+    assert result.terms == pytest.approx((8.0, 12.8, 4.5))
+    assert result.upper == pytest.approx(25.3)
     assert result.clipped_upper == pytest.approx(3 * GEOMETRY.ceiling)
     assert result.vacuous
 
 
 def test_current_task_alone_has_larger_gammas() -> None:
-    """gamma = 1, min(1, .25), min(1, .4)."""
+    """gamma = 1, min(1, 8 x .25), min(1, 2 x .1)."""
     result = theorem1(LOSSES, [0.0, 8.0, 2.0], SHARES, GEOMETRY, contrastive_over="current")
-    assert result.gammas == pytest.approx((1.0, 1.0, 0.4))
-    assert result.upper == pytest.approx(8.0 + 4 * 0.8 + 2.25)
+    assert result.gammas == pytest.approx((1.0, 1.0, 0.2))
+    assert result.upper == pytest.approx(8.0 + 4 * 0.8 + 4.5)
 
 
 def test_constants_are_arguments() -> None:
     result = theorem1(LOSSES, WEIGHTS, SHARES, GEOMETRY, alpha=2.0, eta=0.25, gammas=[1.0, 0.5, 0.5])
     assert result.upper == pytest.approx(4 * 0.5 + 2 * 0.8 / 0.5 + 0.9 / 0.5 + 0.25)
+
+
+def test_alpha_is_at_least_one() -> None:
+    assert theorem1(LOSSES, WEIGHTS, SHARES, Geometry(5.0, 1)).alpha == 1.0
 
 
 def test_lower_against_hand_computation() -> None:
