@@ -6,6 +6,7 @@ of that class, the negatives are images of the task's other classes. No augmenta
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,17 +46,16 @@ def draw_tuples(labels: np.ndarray, n_negatives: int, rounds: int, rng: np.rando
 def _one_round(labels: np.ndarray, n_negatives: int, rng: np.random.Generator) -> list[list[int]]:
     pools = {int(label): rng.permutation(np.flatnonzero(labels == label)).tolist() for label in np.unique(labels)}
     tuples: list[list[int]] = []
-    turn = rng.permutation(list(pools)).tolist()
-    while True:
-        for own in turn:
-            others = [label for label in pools if label != own]
-            if len(pools[own]) < 2 or sum(len(pools[label]) for label in others) < n_negatives:
-                return tuples
-            row = [pools[own].pop(), pools[own].pop()]
-            for _ in range(n_negatives):
-                weight = np.array([len(pools[label]) for label in others], dtype=np.float64)
-                row.append(pools[others[rng.choice(len(others), p=weight / weight.sum())]].pop())
-            tuples.append(row)
+    for own in itertools.cycle(rng.permutation(list(pools)).tolist()):
+        others = [label for label in pools if label != own]
+        if len(pools[own]) < 2 or sum(len(pools[label]) for label in others) < n_negatives:
+            break
+        row = [pools[own].pop(), pools[own].pop()]
+        for _ in range(n_negatives):
+            weight = np.array([len(pools[label]) for label in others], dtype=np.float64)
+            row.append(pools[others[rng.choice(len(others), p=weight / weight.sum())]].pop())
+        tuples.append(row)
+    return tuples
 
 
 class TupleLosses(NamedTuple):

@@ -61,17 +61,9 @@ def measured_vs_bounds(study: Study) -> Figure:
             axes.errorbar(
                 x + shift, bound, error, fmt=marker, color=colour, markersize=5, capsize=2, linewidth=1, label=label
             )
-        axes.bar(
-            x,
-            truth,
-            0.84,
-            yerr=spread,
-            color="#dddddd",
-            edgecolor=MEASURED,
-            linewidth=0.8,
-            capsize=3,
-            label="measured on test tuples",
-        )
+        label = "measured on test tuples"
+        axes.hlines(truth, x - 0.42, x + 0.42, color=MEASURED, linewidth=2, label=label)
+        axes.errorbar(x, truth, spread, fmt="none", ecolor=MEASURED, capsize=4)
         _loss_lines(axes, geometry.floor, geometry.chance, geometry.ceiling)
         theorem = [certify(run.log, "theorem1").unclipped_total for run in study.methods[method]]
         total = f"{np.mean(theorem):.3g}" if np.isfinite(theorem).all() else "infinite"

@@ -54,8 +54,11 @@ def test_figures_can_be_read_alone(runs: Path) -> None:
     assert {"measured on test tuples", "floor", "chance", "ceiling", "linear", "moment", "pointwise, refreshed"} <= set(
         legend
     )
-    measured = [study.methods["cila-max"][seed].log.test(2, 1).contrastive.mean for seed in range(3)]
-    assert axes.patches[0].get_height() == pytest.approx(np.mean(measured))
+    truth = [run.log.test(2, 1).contrastive.mean for run in study.methods["cila-max"]]
+    (line,) = [shown for shown in axes.collections if shown.get_label() == "measured on test tuples"]
+    assert line.get_segments()[0][0][1] == pytest.approx(np.mean(truth))
+    (_, bottom), (_, top) = axes.containers[-1][2][0].get_segments()[0]  # the error bars drawn last
+    assert top - bottom == pytest.approx(2 * np.std(truth, ddof=1))
     low, high = axes.get_ylim()
     drawn = [y for line in axes.lines for y in np.atleast_1d(line.get_ydata())]
     assert all(low <= y <= high for y in drawn)
