@@ -129,12 +129,13 @@ def _best_prices(
         return math.exp(log_free_price) + math.exp(log_price)
 
     low, high = log_free_price - 34.0, _LOG_MAX_PRICE
-    if unspent(low) >= 0.0:
+    ends = {low: unspent(low), high: unspent(high)}  # their signs must not change with the last a, by rounding
+    if ends[low] >= 0.0:
         best = low
-    elif unspent(high) <= 0.0:
+    elif ends[high] <= 0.0:
         best = high
     else:
-        best = float(brentq(unspent, low, high, xtol=1e-7, rtol=1e-9, maxiter=200))
+        best = float(brentq(lambda x: ends[x] if x in ends else unspent(x), low, high, xtol=1e-7, rtol=1e-9))
     balance(price(best))
     return a, price(best)
 

@@ -7,6 +7,7 @@ alone (``chain="refreshed"``).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from cila_bound._moment import solve_lower, solve_upper
 from cila_bound.geometry import Geometry
 from cila_bound.losslog import LossLog
 from cila_bound.records import Measurement, Split, Statistic, TupleValues
-from cila_bound.steps import Step, linear_step, pinsker_step, pointwise_step, saturating_step
+from cila_bound.steps import PointwiseStep, Step, linear_step, pinsker_step, pointwise_step, saturating_step
 from cila_bound.theorem import Theorem1, theorem1
 
 StepName = Literal["theorem1", "linear", "saturating", "pinsker", "moment", "best", "pointwise"]
@@ -31,7 +32,7 @@ ASSUMPTIONS: dict[str, str] = {
     "saturating": "as linear",
     "pinsker": "miss probability of each task's own model; L_dis at the last and drift at every later step",
     "moment": "L_con of each task's own model; drift on that task's tuples at every later step",
-    "best": "all of the above; the tightest of linear, saturating, pinsker and moment at every step",
+    "best": "as pinsker and moment together; the tightest of linear, saturating, pinsker and moment at every step",
     "pointwise": "per-tuple contrastive loss and drift of the last step",
 }
 
@@ -41,6 +42,18 @@ class Interval(NamedTuple):
 
     lower: float
     upper: float
+
+
+class Margin(NamedTuple):
+    """How far logged means are moved outwards: standard errors, and a share of 1 + mean."""
+
+    standard_errors: float
+    rounding: float
+
+    def around(self, statistic: Statistic, n_effective: int, low: float, high: float) -> Interval:
+        """The statistic's mean with the margin on both sides, moved into [low, high]."""
+        reach = self.standard_errors * standard_error(statistic, n_effective) + self.rounding * (1.0 + statistic.mean)
+        return Interval(min(max(statistic.mean - reach, low), high), max(min(statistic.mean + reach, high), low))
 
 
 @dataclass(frozen=True)
@@ -111,13 +124,15 @@ def certify(
     data: Data = "heldout",
     after_task: int | None = None,
     standard_errors: float = 0.0,
+    rounding: float = 0.0,
 ) -> Certificate:
     """Evaluates one bound on a log.
 
     ``data="heldout"`` uses held-out tuples throughout; ``"training"`` the training tuples of each new task and the
-    buffer tuples of past ones, which the models were fitted to. "theorem1" always uses the logged training losses.
-    ``after_task`` is T (default: the last task in the log). ``standard_errors`` moves every logged mean outwards by
-    so many standard errors first: all bounds are monotone in the logs, so this widens both sides.
+    buffer tuples of past ones, which the models were fitted to. "theorem1" uses the logged training losses, whatever
+    ``data`` says, and its certificate says "training". ``after_task`` is T (default: the last task in the log).
+    Every logged mean m is first moved outwards by ``standard_errors`` of its standard errors and ``rounding`` x
+    (1 + m): all bounds are monotone in the logs, so this widens both sides.
 
     Raises ValueError for an unknown name or a chain that the step has not ("pointwise" exists refreshed only,
     "theorem1" full only), and LookupError for a record that the log does not hold.
@@ -129,8 +144,9 @@ def certify(
         raise ValueError('step "pointwise" needs chain="refreshed": per-tuple values cannot be chained over tasks')
     if step == "theorem1" and chain != "full":
         raise ValueError('step "theorem1" needs chain="full": it uses the training losses of all tasks')
-    if not (math.isfinite(standard_errors) and standard_errors >= 0.0):
-        raise ValueError(f"standard_errors must be a finite number >= 0, got {standard_errors!r}")
+    for name, share in (("standard_errors", standard_errors), ("rounding", rounding)):
+        if not (math.isfinite(share) and share >= 0.0):
+            raise ValueError(f"{name} must be a finite number >= 0, got {share!r}")
     last = log.last_task if after_task is None else after_task
     if not 1 <= last <= len(log.header.tasks):
         raise ValueError(f"after_task must be in 1..{len(log.header.tasks)} and logged, got {last}")
@@ -144,7 +160,8 @@ def certify(
         lower = [geometry.clip(theorem.lower - (last - 1) * geometry.ceiling)] * last
         totals = theorem.clipped_upper, theorem.clipped_lower, theorem.upper
     else:
-        chains = [_chain(log, task, last, step, chain, data, standard_errors) for task in range(1, last + 1)]
+        margin = Margin(standard_errors, rounding)
+        chains = [_chain(log, task, last, step, chain, data, margin) for task in range(1, last + 1)]
         upper = [bound.upper for bound, _ in chains]
         lower = [bound.lower for bound, _ in chains]
         unclipped = [value for _, value in chains]
@@ -152,7 +169,7 @@ def certify(
     return Certificate(
         step=step,
         chain=chain,
-        data=data,
+        data="training" if theorem is not None else data,
         after_task=last,
         geometry=geometry,
         tasks=log.header.tasks[:last],
@@ -216,16 +233,17 @@ class _State(NamedTuple):
 
 
 class _Update(NamedTuple):
-    """The log of one step on D_i. ``reach`` is the asked number of standard errors / sqrt(n_effective)."""
+    """The log of one step on D_i."""
 
     distillation: Interval
     drift: Interval
     tuples: TupleValues | None
-    reach: float
+    n_effective: int
+    margin: Margin
 
 
 def _chain(
-    log: LossLog, task: int, last: int, step: StepName, chain: Chain, data: Data, margin: float
+    log: LossLog, task: int, last: int, step: StepName, chain: Chain, data: Data, margin: Margin
 ) -> tuple[Interval, float]:
     """The clipped interval for L_con(f_T; D_i) and its unclipped upper end."""
     geometry = log.geometry
@@ -240,8 +258,8 @@ def _chain(
     miss = source.teacher_miss_probability if refreshed else source.miss_probability
     assert contrastive is not None and miss is not None  # Measurement.check: task < after_task has teacher fields
     state = _State(
-        _interval(contrastive, source.n_effective, margin, geometry.floor, geometry.ceiling),
-        _interval(miss, source.n_effective, margin, 1.0 - geometry.p_max, 1.0 - geometry.p_min).upper,
+        margin.around(contrastive, source.n_effective, geometry.floor, geometry.ceiling),
+        margin.around(miss, source.n_effective, 1.0 - geometry.p_max, 1.0 - geometry.p_min).upper,
     )
     updates = [_update(record(t), margin, geometry) for t in range(last if refreshed else task + 1, last + 1)]
     clipped = _run(state, updates, step, geometry, clip=True)
@@ -264,19 +282,15 @@ def _run(state: _State, updates: Sequence[_Update], step: StepName, geometry: Ge
     return state.contrastive
 
 
-def _update(record: Measurement, margin: float, geometry: Geometry) -> _Update:
+def _update(record: Measurement, margin: Margin, geometry: Geometry) -> _Update:
     assert record.distillation is not None and record.drift is not None  # Measurement.check, as above
     return _Update(
-        _interval(record.distillation, record.n_effective, margin, geometry.floor, geometry.ceiling),
-        _interval(record.drift, record.n_effective, margin, 0.0, geometry.ceiling),
+        margin.around(record.distillation, record.n_effective, geometry.floor, geometry.ceiling),
+        margin.around(record.drift, record.n_effective, 0.0, geometry.ceiling),
         record.tuples,
-        margin / math.sqrt(record.n_effective),
+        record.n_effective,
+        margin,
     )
-
-
-def _interval(statistic: Statistic, n_effective: int, margin: float, low: float, high: float) -> Interval:
-    reach = margin * standard_error(statistic, n_effective)
-    return Interval(min(max(statistic.mean - reach, low), high), max(min(statistic.mean + reach, high), low))
 
 
 def standard_error(statistic: Statistic, n_effective: int) -> float:
@@ -303,11 +317,14 @@ def _around_distillation(inequality: Callable[..., Step], update: _Update, **log
     return Interval(inequality(distillation=low, **logged).lower, inequality(distillation=high, **logged).upper)
 
 
+_solve_lower, _solve_upper = (functools.lru_cache(maxsize=4096)(solve) for solve in (solve_lower, solve_upper))
+
+
 def _moment(state: _State, update: _Update, geometry: Geometry) -> Interval:
     """The two sides of moment_step, each at its own end of the interval for L_con(f_{t-1})."""
     low, high = map(geometry.clip, state.contrastive)
     drift = update.drift.upper
-    return Interval(solve_lower(low, drift, geometry).bound, solve_upper(high, drift, geometry).bound)
+    return Interval(_solve_lower(low, drift, geometry).bound, _solve_upper(high, drift, geometry).bound)
 
 
 def _best(state: _State, update: _Update, geometry: Geometry) -> Interval:
@@ -320,14 +337,22 @@ def _pointwise(state: _State, update: _Update, geometry: Geometry) -> Interval:
         raise LookupError(
             "the log has no per-tuple values at the last step: run with per-tuple logging for the pointwise step"
         )
-    contrastive = np.clip(
-        update.tuples.teacher_contrastive, geometry.floor, geometry.ceiling
-    )  # the log tolerates rounding
-    bound = pointwise_step(
-        contrastive=contrastive, drift=np.clip(update.tuples.drift, 0.0, geometry.ceiling), geometry=geometry
+    rounding = update.margin.rounding  # a tuple's bound is monotone in its drift and one-sided in its loss
+    contrastive = np.asarray(update.tuples.teacher_contrastive)
+    drift = np.clip(np.asarray(update.tuples.drift) * (1.0 + rounding) + rounding, 0.0, geometry.ceiling)
+
+    def side(loss: np.ndarray) -> PointwiseStep:
+        return pointwise_step(
+            contrastive=np.clip(loss, geometry.floor, geometry.ceiling), drift=drift, geometry=geometry
+        )
+
+    lower = side(contrastive - rounding * (1.0 + contrastive)).lower_per_tuple
+    upper = side(contrastive + rounding * (1.0 + contrastive)).upper_per_tuple
+    errors = update.margin._replace(rounding=0.0)
+    return Interval(
+        errors.around(Statistic.of(lower), update.n_effective, -math.inf, math.inf).lower,
+        errors.around(Statistic.of(upper), update.n_effective, -math.inf, math.inf).upper,
     )
-    below, above = (update.reach * float(np.std(values)) for values in (bound.lower_per_tuple, bound.upper_per_tuple))
-    return Interval(bound.lower - below, bound.upper + above)
 
 
 _RULES: dict[str, Callable[[_State, _Update, Geometry], Interval]] = {

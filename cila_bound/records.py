@@ -1,8 +1,8 @@
 """The records of a loss log: what one line may hold, and what makes a line wrong.
 
-One JSON object per line; ``record`` names its kind. Tasks count from 1, losses are in nats. Every record checks
-itself on construction and, with the header's geometry, in :meth:`check`; both raise ValueError with the offending
-value.
+One JSON object per line; ``record`` names its kind. Tasks count from 1, losses are in nats. The header checks itself
+on construction, every other record in :meth:`check`, which needs the header; both raise ValueError with the offending
+value and the remedy.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Statistic:
         return Statistic(float(array.mean()), float(array.var(ddof=1)) if array.size > 1 else 0.0)
 
     def check(self, name: str, low: float, high: float, n: int) -> None:
-        checked(f"{name}.mean", self.mean, low, high, _ROUNDING)
+        _check_range(f"{name}.mean", self.mean, low, high)
         largest = 0.25 * (high - low) ** 2 * n / max(n - 1, 1)  # half the mass at either end
-        checked(f"{name}.variance", self.variance, 0.0, largest, _ROUNDING)
+        _check_range(f"{name}.variance", self.variance, 0.0, largest)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Training:
     def check(self, header: Header) -> None:
         _check_place(self.after_task, self.after_task, header)
         geometry = header.geometry
-        checked("contrastive", self.contrastive, geometry.floor, geometry.ceiling, _ROUNDING)
+        _check_range("contrastive", self.contrastive, geometry.floor, geometry.ceiling)
         for name in ("contrastive_weight", "distill_weight", "objective_contrastive", "objective_distillation"):
             value = getattr(self, name)
             if value is not None:
@@ -205,7 +205,7 @@ class Training:
             if self.distill_weight != 0.0:
                 raise ValueError(f"distill_weight must be 0 for task 1, got {self.distill_weight!r}")
         else:
-            checked("distillation", self.distillation, geometry.floor, geometry.ceiling, _ROUNDING)
+            _check_range("distillation", self.distillation, geometry.floor, geometry.ceiling)
             expected += self.distill_weight * self.distillation
         _check_sum("loss", self.loss, "contrastive_weight x contrastive + distill_weight x distillation", expected)
         if len(self.mixture_weights) != self.after_task:
@@ -263,10 +263,10 @@ def _build(cls: type[Any], data: Mapping[str, Any], where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in data:
         if name not in fields:
-            raise ValueError(f"unknown field {name!r} in {where}: legal fields are {', '.join(fields)}")
+            raise ValueError(f"unknown field {name!r} in {where}: remove it; legal fields are {', '.join(fields)}")
     for name in fields:
         if name not in data:
-            raise ValueError(f"missing field {name!r} in {where}")
+            raise ValueError(f"missing field {name!r} in {where}: write it, as null if it does not apply")
     hints = typing.get_type_hints(cls)
     return cls(**{name: _convert(value, hints[name], name) for name, value in data.items()})
 
@@ -312,6 +312,15 @@ def _check_schema(version: object) -> None:
         )
 
 
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    try:
+        checked(name, value, low, high, _ROUNDING)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: log nats at the header's temperature and n_negatives, without extra factors"
+        ) from None
+
+
 def _check_place(after_task: int, task: int, header: Header) -> None:
     if not 1 <= after_task <= len(header.tasks):
         raise ValueError(
@@ -330,4 +339,6 @@ def _check_counts(n: int, n_effective: int) -> None:
 
 def _check_sum(name: str, value: float, expected_name: str, expected: float) -> None:
     if not abs(value - expected) <= _CONSISTENCY * (1.0 + abs(expected)):  # also true for NaN
-        raise ValueError(f"{name} is {value!r}, but {expected_name} is {expected!r}")
+        raise ValueError(
+            f"{name} is {value!r}, but {expected_name} is {expected!r}: measure all of them on the same tuples"
+        )

@@ -13,6 +13,7 @@ from cila_bound.losslog import LossLog
 from cila_bound.violations import Violation, find_violations
 
 _MEANING = {"full": "from each task's own model, one step per later task", "refreshed": "the last step alone"}
+_SOURCE = {"heldout": "held-out tuples", "training": "training and buffer tuples"}
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,10 @@ class Report:
         for chain in get_args(Chain):
             columns = [c for c in self.certificates if c.chain == chain]
             if columns:
-                lines += ["", f"{chain} chain ({_MEANING[chain]}), {first.data} tuples", *self._table(columns)]
-        lines += ["", "needs, beside unit-norm embeddings, one temperature, and tuples of past tasks:"]
+                data = sorted({c.data for c in columns if not c.theorem})
+                source = f", from {_SOURCE[data[0]]}" if data else ""
+                lines += ["", f"{chain} chain: {_MEANING[chain]}{source}", *self._table(columns)]
+        lines += ["", "measured: mean +- standard error on test tuples; each bound needs unit-norm embeddings and"]
         lines += [f"  {step:<10}  {ASSUMPTIONS[step]}" for step in dict.fromkeys(c.step for c in self.certificates)]
         lines += [f"not evaluated: {reason}" for reason in self.skipped]
         return "\n".join([*lines, "", *self._verdict()])
@@ -100,12 +103,12 @@ class Report:
     def _verdict(self) -> list[str]:
         lines = []
         for certificate, violation in self.violations:
-            relation = f"{'>' if violation.side == 'upper' else '<'} {violation.side} bound {violation.bound:.6g}"
+            tuples = "test tuples" if violation.measured_on == "test" else "the bound's own tuples"
             lines.append(
-                f"VIOLATED: {certificate.step} ({certificate.chain}), task {violation.task}: "
-                f"loss {violation.measured:.6g} on {violation.measured_on} tuples {relation}"
+                f"VIOLATED: {certificate.step} ({certificate.chain}), {violation.task}: loss {violation.measured:.6g} "
+                f"+- {violation.margin:.2g} on {tuples}, {violation.side} bound {violation.bound:.6g} with its margin"
             )
-            if certificate.data == "training" or certificate.step == "theorem1":
+            if certificate.data == "training":
                 lines.append(
                     "  (from losses on data that the models were fitted to: this may be the generalisation gap)"
                 )
@@ -119,10 +122,13 @@ class Report:
 
     def _table(self, columns: list[Certificate]) -> list[str]:
         first = columns[0]
+        steps = [first.after_task - task for task in range(1, first.after_task + 1)]
+        if first.chain == "refreshed":
+            steps = [min(step, 1) for step in steps]
         rows = [["task", "steps", "measured", *(c.step for c in columns)]]
         for index, name in enumerate(first.tasks):
             cells = ["-" if c.theorem else _task_cell(c, index) for c in columns]
-            rows.append([name, str(first.after_task - index - 1), self._measured(first, index + 1), *cells])
+            rows.append([name, str(steps[index]), self._measured(first, index + 1), *cells])
         truth = "-" if first.measured_total is None else f"{first.measured_total:.4g}"
         totals = [_cell(c.total, c.unclipped_total, c.vacuous_total, c.tightness_total) for c in columns]
         rows.append(["total", "", truth, *totals])

@@ -64,19 +64,22 @@ def theorem1(
 
     Assumptions: L_train(f_t) = w_t L_con(f_t; .) + lambda_t L_dis(f_t; f_{t-1}, mixture), lambda_1 = 0, both models
     with unit-norm embeddings and one temperature; task i has share k_{t,i} = ``mixture_weights[t-1][i-1]`` of the
-    data of task t. L_con is taken over the mixture (the default, valid in either case) or over the current task alone
-    (``contrastive_over="current"``).
+    data of task t, and w_t = ``contrastive_weights[t-1]`` (default 1). L_con is taken over the current task alone
+    ("current"), or over the mixture or either ("mixture", the default: both sides hold in both cases).
 
-    Defaults: alpha = max(2 / temperature, 1), eta = 0, gamma_1 = w_1, gamma_t = min(w_t k_{t,t}, lambda_t min_{i<t}
-    k_{t,i}), with k_{t,t} replaced by 1 for "current"; w_t = ``contrastive_weights`` = 1. A gamma of 0 (no
+    Defaults: alpha = max(B, 1) with B = 2 / temperature, eta = 0, gamma_1 = w_1 and, for t >= 2,
+    gamma_t = min(w_t k_{t,t}, lambda_t min_{i<t} k_{t,i}), with k_{t,t} replaced by 1 for "current". A gamma of 0 (no
     distillation, or a task without data) makes the bound infinite: then training losses alone say nothing.
 
-    Proof: with S_t = sum_{i<=t} L_con(f_t; D_i), the linear step gives S_t <= L_con(f_t; D_t) + sum_{i<t} [B
-    L_con(f_{t-1}; D_i) + L_dis(f_t; f_{t-1}, D_i)] <= alpha S_{t-1} + L_train(f_t) / gamma_t. Lower side: the linear
-    step read the other way, L_dis(D_i) <= L_con(f_T; D_i) + B L_con(f_{T-1}; D_i), gives L_train(f_T) <= m S_T +
-    lambda_T k alpha S_{T-1} + lambda_T k_{T,T} ceiling, k = max_{i<T} k_{T,i}, where m is the largest total weight of
-    one L_con(f_T; D_i): max((w + lambda) k, w k_{T,T}) for "mixture", max(lambda k, w) for "current". Solve for S_T,
-    with S_{T-1} at its upper bound. Equality on both sides at T = 1.
+    Proof of the upper side. Let S_t = sum_{i<=t} L_con(f_t; D_i). By the linear step,
+    S_t <= L_con(f_t; D_t) + sum_{i<t} [B L_con(f_{t-1}; D_i) + L_dis(f_t; f_{t-1}, D_i)]
+        <= alpha S_{t-1} + L_train(f_t) / gamma_t.
+
+    Proof of the lower side. The linear step also says L_dis(D_i) <= L_con(f_T; D_i) + B L_con(f_{T-1}; D_i). With
+    k = max_{i<T} k_{T,i}, put into L_train(f_T), this gives
+    L_train(f_T) <= m S_T + lambda_T k alpha S_{T-1} + lambda_T k_{T,T} ceiling,
+    where m = max(w, (w + lambda) k) is at least the total weight of any one L_con(f_T; D_i); max(w, lambda k) for
+    "current". Solve for S_T, with S_{T-1} at its upper bound. Both sides are equalities at T = 1.
 
     Raises ValueError on unequal lengths, negative or non-finite losses or weights, shares that do not sum to 1,
     lambda_1 != 0, alpha <= 0 or an unknown ``contrastive_over``.
@@ -136,10 +139,7 @@ def theorem1(
         previous_upper = min(earlier + eta, (n_tasks - 1) * geometry.ceiling)
     *past, current = mixture_weights[-1]
     past_share, distill, weight = max(past, default=0.0), distill_weights[-1], weights[-1]
-    if contrastive_over == "mixture":
-        multiplicity = max((weight + distill) * past_share, weight * current)
-    else:
-        multiplicity = max(distill * past_share, weight)
+    multiplicity = max(weight, (weight * (contrastive_over == "mixture") + distill) * past_share)
     surplus = train_losses[-1] - distill * (current * geometry.ceiling + past_share * alpha * previous_upper)
     lower = surplus / multiplicity if multiplicity > 0.0 else -math.inf
     return Theorem1(upper, lower, alpha, eta, tuple(gammas), terms, geometry)

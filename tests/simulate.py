@@ -74,6 +74,7 @@ def simulate(
     temperature: float = 0.5,
     *,
     n: int = 60,
+    n_effective: int | None = None,
     drift: float = 0.2,
     distill_weight: float = 1.0,
     seed: int = 0,
@@ -85,6 +86,7 @@ def simulate(
     rng = np.random.default_rng(seed)
     log = LossLog(header(n_tasks, n_negatives, temperature))
     cosines: dict[int, np.ndarray] = {}
+    counts = n, n_effective or n
     for t in range(1, n_tasks + 1):
         own = rng.uniform(-1.0, 0.3, (n, 1 + n_negatives))
         own[:, 0] = rng.uniform(0.2, 1.0, n)
@@ -101,8 +103,8 @@ def simulate(
                 if t > i and split == "heldout":
                     columns = values[i]["teacher_contrastive"], values[i]["drift"]
                     per_tuple = TupleValues(*(tuple(column.tolist()) for column in columns))
-                log.add(Measurement(t, i, split, n, n, **statistics, tuples=per_tuple))  # type: ignore[arg-type]
-            log.add(TestLoss(t, i, n, n, statistics["contrastive"]))
+                log.add(Measurement(t, i, split, *counts, **statistics, tuples=per_tuple))  # type: ignore[arg-type]
+            log.add(TestLoss(t, i, *counts, statistics["contrastive"]))
         shares = tuple(1.0 / t for _ in range(t))
         contrastive = float(values[t]["contrastive"].mean())
         weight = distill_weight if t > 1 else 0.0

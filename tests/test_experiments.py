@@ -171,10 +171,10 @@ def test_embeddings_have_unit_norm() -> None:
 
 
 def test_metrics_against_hand_computation() -> None:
-    matrix = [[0.9], [0.7, 0.8], [0.8, 0.5, 1.0]]
+    matrix = [[0.7], [0.9, 0.8], [0.8, 0.5, 1.0]]  # task 1 is best after task 2
     assert average_accuracy(matrix) == pytest.approx((0.8 + 0.5 + 1.0) / 3)
     assert forgetting(matrix) == pytest.approx(((0.9 - 0.8) + (0.8 - 0.5)) / 2)
-    assert backward_transfer(matrix) == pytest.approx(((0.8 - 0.9) + (0.5 - 0.8)) / 2)
+    assert backward_transfer(matrix) == pytest.approx(((0.8 - 0.7) + (0.5 - 0.8)) / 2)
     assert forgetting([[0.9]]) == backward_transfer([[0.9]]) == 0.0
 
 

@@ -42,10 +42,37 @@ def test_alpha_is_at_least_one() -> None:
 
 
 def test_lower_against_hand_computation() -> None:
-    """T = 2, mixture: S_1 <= .5; m = max((1 + 1) .25, .75) = .75; (.8 - 1 (.75 ceiling + .25 x 4 x .5)) / .75."""
-    result = theorem1(LOSSES[:2], WEIGHTS[:2], SHARES[:2], GEOMETRY)
-    assert result.lower == pytest.approx((0.8 - 0.75 * GEOMETRY.ceiling - 0.5) / 0.75)
-    assert result.clipped_lower == pytest.approx(2 * GEOMETRY.floor)
+    """S_1 <= .5: (L_2 - lambda (.75 ceiling + .25 x 4 x .5)) / m, m = max(1, (1 + lambda) .25), max(1, lambda .25)."""
+    for weight, mixture, current in ((1.0, 1.0, 1.0), (6.0, 1.75, 1.5)):
+        for over, m in (("mixture", mixture), ("current", current)):
+            result = theorem1(LOSSES[:2], [0.0, weight], SHARES[:2], GEOMETRY, contrastive_over=over)
+            assert result.lower == pytest.approx((0.8 - weight * (0.75 * GEOMETRY.ceiling + 0.5)) / m)
+            assert result.clipped_lower == pytest.approx(2 * GEOMETRY.floor)
+
+
+def test_lower_with_eta_and_a_third_task() -> None:
+    """S_2 <= 4 x .5 + .8 / .25 + eta = 5.7, less than 2 ceilings; k = .3, m = max(1, 1.5 x .3)."""
+    weights = [0.0, 1.0, 0.5]
+    result = theorem1(LOSSES, weights, SHARES, GEOMETRY, eta=0.5)
+    assert result.lower == pytest.approx(0.9 - 0.5 * (0.6 * GEOMETRY.ceiling + 0.3 * 4 * 5.7))
+
+
+def test_default_holds_when_the_contrastive_loss_is_over_the_current_task() -> None:
+    """One tuple a task, K = 1: gap 4 -> 4 on task 1, 0 -> -2 on task 2; little distillation: the lower side bites."""
+
+    def loss(gap: float) -> float:
+        return math.log1p(math.exp(-gap))
+
+    def cross_entropy(teacher: float, student: float) -> float:
+        p = 1 / (1 + math.exp(-teacher))
+        return p * loss(student) + (1 - p) * loss(-student)
+
+    distillation = 0.5 * (cross_entropy(4, 4) + cross_entropy(0, -2))
+    losses, weights, shares = [loss(4), loss(-2) + 0.1 * distillation], [0.0, 0.1], [[1.0], [0.5, 0.5]]
+    truth = loss(4) + loss(-2)
+    for over in ("mixture", "current"):
+        result = theorem1(losses, weights, shares, GEOMETRY, contrastive_over=over)
+        assert 1.9 < result.lower <= truth <= result.upper
 
 
 def test_one_task_is_exact() -> None:
