@@ -57,36 +57,23 @@ def cila_weight(
 
 
 def dual_price_weight(
-    contrastive: Sequence[float],
-    drift: Sequence[float],
-    geometry: Geometry,
-    *,
-    mixture_weights: Sequence[float] | None = None,
-    max_weight: float = 10.0,
-) -> tuple[float, ...] | float:
-    """The price at which the moment bound trades drift on a past task for contrastive loss, as that task's lambda.
+    contrastive: Sequence[float], drift: Sequence[float], geometry: Geometry, *, max_weight: float = 10.0
+) -> tuple[float, ...]:
+    """The price at which the moment bound trades drift on each past task for contrastive loss: one lambda per task.
 
     For past task i with its last logged means (contrastive of the previous model, drift), lambda_i is the optimal
     beta of :func:`moment_step`, d bound / d drift: one unit of drift avoided on task i is worth beta units of current
     loss. A task whose step is vacuous has price 0 at the margin; one without drift an infinite price, cut at
-    ``max_weight``.
+    ``max_weight``. Where one number is needed, weigh them by the tasks' shares of the training data.
 
-    Returns one weight per past task or, with ``mixture_weights`` (the share of each past task in the training data,
-    >= 0, not all 0), their weighted mean. Raises ValueError on unequal lengths, no task, or values out of range.
+    Raises ValueError on unequal lengths, no task, or values out of range.
     """
     if len(contrastive) != len(drift) or not len(contrastive):
         raise ValueError(
             f"contrastive and drift need one value per past task, got {len(contrastive)} and {len(drift)} values"
         )
     max_weight = checked("max_weight", max_weight, 0.0, 1e12)
-    prices = tuple(
+    return tuple(
         min(moment_step(contrastive=loss, drift=kl, geometry=geometry).beta, max_weight)
         for loss, kl in zip(contrastive, drift, strict=True)
     )
-    if mixture_weights is None:
-        return prices
-    if len(mixture_weights) != len(prices) or min(mixture_weights) < 0 or not sum(mixture_weights) > 0:
-        raise ValueError(
-            f"mixture_weights must be {len(prices)} numbers >= 0 with a positive sum, got {list(mixture_weights)!r}"
-        )
-    return math.fsum(w * b for w, b in zip(mixture_weights, prices, strict=True)) / math.fsum(mixture_weights)

@@ -17,6 +17,17 @@ from cila_bound import Geometry
 from cila_bound.files import write_atomic
 from experiments.methods import METHODS, MethodName
 
+_LEAST = {
+    "seed": 0,
+    "n_tasks": 1,
+    "buffer_size": 0,
+    "epochs_first": 1,
+    "epochs": 1,
+    "batch_size": 2,
+    "warmup_epochs": 0,
+    "tuple_rounds": 1,
+    "threads": 1,
+}
 StreamName = Literal["digits", "rotated-digits"]
 
 
@@ -77,18 +88,9 @@ class RunConfig:
         Geometry(self.theory_temperature, self.n_negatives)
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        least = {
-            "n_tasks": 1,
-            "buffer_size": 0,
-            "epochs_first": 1,
-            "epochs": 1,
-            "batch_size": 2,
-            "tuple_rounds": 1,
-            "threads": 1,
-        }
-        for name, low in least.items() | {("warmup_epochs", 0), ("seed", 0)}:
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in (
             "learning_rate",
             "temperature",
@@ -108,19 +110,17 @@ class RunConfig:
         """The run's directory below the output folder."""
         return f"{self.stream}/{self.method}-seed{self.seed}"
 
-    def save(self, path: Path) -> None:
-        """Writes the configuration; if the file is there already, checks that it says the same (ValueError that names
-        the difference).
-        """
-        mine = dataclasses.asdict(self)
+    def check_same(self, path: Path) -> None:
+        """Raises ValueError that names the difference if ``path`` holds another configuration."""
         if path.exists():
-            theirs = json.loads(path.read_text())
-            changed = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
-            if changed:
-                name = changed[0]
-                raise ValueError(
-                    f"{path.parent} holds a run with {name} = {theirs.get(name)!r}, not {mine.get(name)!r}: "
-                    "choose another --out or remove it"
-                )
-            return
-        write_atomic(path, (json.dumps(mine, indent=2) + "\n").encode())
+            mine, theirs = dataclasses.asdict(self), json.loads(path.read_text())
+            for name in mine | theirs:
+                if mine.get(name) != theirs.get(name):
+                    raise ValueError(
+                        f"{path.parent} holds a run with {name} = {theirs.get(name)!r}, not {mine.get(name)!r}: "
+                        "choose another --out or remove it"
+                    )
+
+    def save(self, path: Path) -> None:
+        """Writes the configuration as JSON."""
+        write_atomic(path, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())

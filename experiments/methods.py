@@ -35,12 +35,11 @@ def _constant(log: LossLog, task: int, kappa: float) -> float:
 def _adaptive(log: LossLog, task: int, kappa: float, mode: Literal["max", "pure", "min"]) -> float:
     """CILA's rule on the two terms of the objective of tasks 2..t-1, as the optimiser saw them."""
     records = [log.training(j) for j in range(2, task)]
-    return cila_weight(
-        [record.objective_distillation or 0.0 for record in records],
-        [record.objective_contrastive or 0.0 for record in records],
-        kappa,
-        mode,
+    distillation, contrastive = (
+        [loss for record in records if (loss := getattr(record, name)) is not None]
+        for name in ("objective_distillation", "objective_contrastive")
     )
+    return cila_weight(distillation, contrastive, kappa, mode)
 
 
 def _dual_price(log: LossLog, task: int, kappa: float) -> float:
@@ -55,11 +54,8 @@ def _dual_price(log: LossLog, task: int, kappa: float) -> float:
     if not drift:
         return 1.0
     contrastive = [record.contrastive.mean for record in (*older, log.measurement(last, last, "train"))]
-    weight = dual_price_weight(
-        contrastive, [*drift, sum(drift) / len(drift)], log.geometry, mixture_weights=[1.0] * last
-    )
-    assert isinstance(weight, float)
-    return weight
+    prices = dual_price_weight(contrastive, [*drift, sum(drift) / len(drift)], log.geometry)
+    return sum(prices) / len(prices)
 
 
 METHODS: dict[str, Method] = {

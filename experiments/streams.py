@@ -19,11 +19,15 @@ SplitName = Literal["train", "heldout", "test"]
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its classes and, per split, images (n, channels, height, width) and labels (n,)."""
+    """One task: its classes and, per split, images (n, channels, height, width) and labels (n,).
+
+    ``name`` is the same for every seed; ``detail`` says what else was drawn for this one.
+    """
 
     name: str
     classes: tuple[int, ...]
     splits: dict[SplitName, Dataset]
+    detail: str = ""
 
     @property
     def train(self) -> Dataset:
@@ -107,7 +111,7 @@ def domain_incremental(data: Dataset, angles: Sequence[float], splits: dict[Spli
         parts: dict[SplitName, Dataset] = {
             name: Dataset(images[index], data.labels[index]) for name, index in splits.items()
         }
-        tasks.append(Task(f"{number}: {angle:.0f} deg", classes, parts))
+        tasks.append(Task(f"rotation {number}", classes, parts, f"{angle:.6g} degrees"))
     return TaskStream("domain-incremental", tuple(tasks))
 
 

@@ -25,8 +25,12 @@ def sweep(
         raise ValueError(
             f"a sweep needs at least one method, one seed and one job, got {len(methods)}, {len(seeds)} and {jobs}"
         )
+    names = [config.name for config in configs]
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{repeated} is asked for twice: give every method and every seed once")
     for config in configs:
-        config.save(out / config.name / "config.json")
+        config.check_same(out / config.name / "config.json")
     results = Parallel(n_jobs=jobs, return_as="generator_unordered")(
         delayed(_run)(config, out, jobs == 1) for config in configs
     )

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -70,13 +71,20 @@ def run(config: RunConfig, directory: Path, *, show_progress: bool = True) -> di
 
     Raises ValueError for a configuration that cannot work, a directory with another run, or a loss that diverges.
     """
-    config.save(directory / "config.json")
+    config.check_same(directory / "config.json")
     metrics = directory / "metrics.json"
     if not metrics.exists():
-        torch.set_num_threads(config.threads)
-        result = _Run(config, directory).train(show_progress)
-        write_atomic(metrics, (json.dumps(result, indent=2) + "\n").encode())
-        (directory / "checkpoint.pt").unlink(missing_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(directory / ".lock", timeout=0):
+                torch.set_num_threads(config.threads)
+                result = _Run(config, directory).train(show_progress)
+                write_atomic(metrics, (json.dumps(result, indent=2) + "\n").encode())
+                (directory / "checkpoint.pt").unlink(missing_ok=True)
+        except Timeout:
+            raise ValueError(
+                f"{directory} is in use by another process: wait for it, or choose another --out"
+            ) from None
     finished: dict[str, Any] = json.loads(metrics.read_text())
     return finished
 
@@ -86,6 +94,7 @@ class _Run:
         self.config, self.directory, self.method = config, directory, METHODS[config.method]
         self.stream = build_stream(config)
         self.recorder = Recorder(config, self.stream)
+        config.save(directory / "config.json")  # not before it is known to work
         torch.manual_seed(derive(config.seed, "weights"))
         _, channels, side, _ = self.stream.tasks[0].train.images.shape
         self.model = SmallEncoder(channels, side).eval()
@@ -256,7 +265,7 @@ class _Run:
             seed=config.seed,
             method=config.method,
             fixed_tuples=True,
-            config=dataclasses.asdict(config),
+            config=dataclasses.asdict(config) | {"task_details": [task.detail for task in self.stream.tasks]},
             versions=versions(),
             data_fingerprint=self.stream.fingerprint(),
         )

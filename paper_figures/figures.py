@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cila_bound import Certificate, certify
+from cila_bound import Certificate, Geometry, certify
 from paper_figures.runs import Run, Study, mean_and_std
-from paper_figures.style import BOUND_STYLE, MEASURED, METHOD_COLOURS, caption, panels
+from paper_figures.style import BOUND_STYLE, MEASURED, METHOD_COLOUR, caption, panels
 
 
 def certificates(run: Run) -> dict[str, Certificate]:
@@ -64,7 +64,8 @@ def measured_vs_bounds(study: Study) -> Figure:
         label = "measured on test tuples"
         axes.hlines(truth, x - 0.42, x + 0.42, color=MEASURED, linewidth=2, label=label)
         axes.errorbar(x, truth, spread, fmt="none", ecolor=MEASURED, capsize=4)
-        _loss_lines(axes, geometry.floor, geometry.chance, geometry.ceiling)
+        highest = max(max(run[label].unclipped_per_task) for run in found for label in labels)
+        _loss_lines(axes, geometry, highest)
         theorem = [certify(run.log, "theorem1").unclipped_total for run in study.methods[method]]
         total = f"{np.mean(theorem):.3g}" if np.isfinite(theorem).all() else "infinite"
         axes.set_title(f"{method}\nsum of tasks: {truth.sum():.3g} nats, Theorem 1 form {total}", fontsize=9)
@@ -116,7 +117,7 @@ def distill_weight(study: Study) -> Figure:
         if any(run.log.training(t).distill_weight for run in runs for t in _tasks(run))
     ]
     drawing, row = panels(3, 10.5, 3.3)
-    for colour, method in zip(METHOD_COLOURS, methods, strict=False):
+    for method in methods:
         runs = study.methods[method]
         t = np.arange(2, len(study.tasks) + 1)
         columns: list[Callable[[Run, int], float]] = [
@@ -126,14 +127,25 @@ def distill_weight(study: Study) -> Figure:
         ]
         for panel, column in zip(row, columns, strict=True):
             mean, error = mean_and_std([[column(run, task) for task in t.tolist()] for run in runs])
-            panel.errorbar(t, mean, error, marker="o", color=colour, markersize=4, capsize=2, linewidth=1, label=method)
+            panel.errorbar(
+                t,
+                mean,
+                error,
+                marker="o",
+                color=METHOD_COLOUR.get(method),
+                markersize=4,
+                capsize=2,
+                linewidth=1,
+                label=method,
+            )
     names = ["distillation weight λ", "contrastive term, nats", "distillation term, nats"]
     for panel, name in zip(row, names, strict=True):
         panel.set_xlabel("task t")
         panel.set_ylabel(name)
         panel.set_xticks(np.arange(2, len(study.tasks) + 1))
     row[0].set_ylim(bottom=0.0)
-    row[0].legend(frameon=False)
+    if methods:
+        row[0].legend(frameon=False)
     drawing.suptitle(
         f"Distillation weight and training losses (last epoch of each task)\n{caption(study)}", fontsize=10
     )
@@ -166,10 +178,9 @@ def accuracy(study: Study) -> Figure:
         panel.set_title(method, fontsize=9)
     row[0].set_ylabel("after task")
     for panel, name in zip(row[-2:], ("average_accuracy", "forgetting"), strict=True):
-        for position, runs in enumerate(study.methods.values()):
+        for position, (method, runs) in enumerate(study.methods.items()):
             mean, spread = mean_and_std([run.metrics["class_il"][name] for run in runs])
-            colour = METHOD_COLOURS[position % len(METHOD_COLOURS)]
-            panel.bar(position, 100 * mean, 0.7, yerr=100 * spread, color=colour, capsize=3)
+            panel.bar(position, 100 * mean, 0.7, yerr=100 * spread, color=METHOD_COLOUR.get(method), capsize=3)
             panel.text(
                 position,
                 0,
@@ -195,13 +206,14 @@ FIGURES: dict[str, Callable[[Study], Figure]] = {
 }
 
 
-def _loss_lines(axes: Axes, floor: float, chance: float, ceiling: float) -> None:
-    """Floor, chance and ceiling, and the region in which a bound says nothing."""
-    for value, name, style in ((floor, "floor", ":"), (chance, "chance", "--"), (ceiling, "ceiling", "-")):
+def _loss_lines(axes: Axes, geometry: Geometry, highest: float) -> None:
+    """Floor, chance and ceiling, and, up to beyond the highest bound, the region in which a bound says nothing."""
+    lines = ((geometry.floor, "floor", ":"), (geometry.chance, "chance", "--"), (geometry.ceiling, "ceiling", "-"))
+    for value, name, style in lines:
         axes.axhline(value, color="#D55E00", linestyle=style, linewidth=1, label=name)
-    top = 40.0 * ceiling
-    axes.axhspan(ceiling, top, facecolor="none", edgecolor="#D55E00", alpha=0.15, hatch="////", linewidth=0)
-    axes.set_ylim(0.7 * floor, top)
+    top = max(3.0 * highest, 10.0 * geometry.ceiling, axes.get_ylim()[1])
+    axes.axhspan(geometry.ceiling, top, facecolor="none", edgecolor="#D55E00", alpha=0.15, hatch="////", linewidth=0)
+    axes.set_ylim(0.7 * geometry.floor, top)
 
 
 def _legend(drawing: Figure, panels: list[Axes]) -> None:

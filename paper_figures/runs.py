@@ -14,8 +14,9 @@ from cila_bound import LossLog, read_log
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its loss log and the content of its ``metrics.json``."""
+    """One finished run: its directory, its loss log and the content of its ``metrics.json``."""
 
+    directory: Path
     log: LossLog
     metrics: dict[str, Any]
 
@@ -47,9 +48,16 @@ def load_studies(root: Path) -> list[Study]:
         log_path = metrics_path.with_name("losses.jsonl")
         if not log_path.exists():
             raise ValueError(f"{log_path} is missing beside metrics.json: copy the whole run directory")
-        run = Run(read_log(log_path), json.loads(metrics_path.read_text()))
+        run = Run(metrics_path.parent, read_log(log_path), json.loads(metrics_path.read_text()))
         config = run.metrics["config"]
-        streams.setdefault(config["stream"], {}).setdefault(config["method"], []).append(run)
+        same = streams.setdefault(config["stream"], {}).setdefault(config["method"], [])
+        for other in same:
+            if other.metrics["config"]["seed"] == config["seed"]:
+                raise ValueError(
+                    f"{other.directory} and {run.directory} are the same method and seed: a mean would count it twice; "
+                    "pass a folder that holds one of them"
+                )
+        same.append(run)
     if not streams:
         raise ValueError(
             f"{root} holds no finished run (a directory with losses.jsonl and metrics.json): train some, or pass --runs"
@@ -68,7 +76,9 @@ def load_studies(root: Path) -> list[Study]:
 
 
 def _shared(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.metrics["config"].items() if name not in ("method", "seed")}
+    """What runs must have in common for a mean over them to mean something."""
+    config = {name: value for name, value in run.metrics["config"].items() if name not in ("method", "seed")}
+    return config | {"tasks": run.log.header.tasks}
 
 
 def mean_and_std(rows: list[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,16 @@ BOUND_STYLE = {
     "pointwise, refreshed": ("#CC79A7", "P"),
 }
 MEASURED = "#000000"
-METHOD_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442"]
+METHOD_COLOUR = {
+    "cila-max": "#0072B2",
+    "co2l": "#D55E00",
+    "finetune": "#009E73",
+    "cila-pure": "#56B4E9",
+    "cila-min": "#332288",
+    "dual-price": "#CC79A7",
+    "contrastive-only": "#E69F00",
+    "distillation-only": "#999999",
+}
 
 _RC: Any = {
     "font.size": 9,

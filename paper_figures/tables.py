@@ -44,4 +44,4 @@ def _cell(values: list[float]) -> str:
     if not np.isfinite(values).all():
         return "infinite"
     mean, spread = mean_and_std(values)
-    return f"{mean:.3g} ± {spread:.2g}"
+    return f"{mean:.3g} ± {spread:.2g}" if len(values) > 1 else f"{mean:.3g}"

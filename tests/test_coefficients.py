@@ -54,8 +54,6 @@ def test_dual_price_is_the_moment_steps_beta() -> None:
     prices = dual_price_weight([0.3, 0.6], [0.02, 0.05], geometry, max_weight=100.0)
     expected = [moment_step(contrastive=x, drift=k, geometry=geometry).beta for x, k in ((0.3, 0.02), (0.6, 0.05))]
     assert prices == pytest.approx(expected)
-    weighted = dual_price_weight([0.3, 0.6], [0.02, 0.05], geometry, max_weight=100.0, mixture_weights=[1.0, 3.0])
-    assert weighted == pytest.approx((expected[0] + 3 * expected[1]) / 4)
 
 
 def test_dual_price_at_its_ends() -> None:
@@ -72,7 +70,6 @@ def test_dual_price_at_its_ends() -> None:
         (([0.3], [0.1, 0.2]), {}, "got 1 and 2 values"),
         (([99.0], [0.1]), {}, "contrastive must lie in .* got 99.0"),
         (([0.3], [0.1]), {"max_weight": -1.0}, "max_weight"),
-        (([0.3], [0.1]), {"mixture_weights": [0.0]}, "positive sum"),
     ],
 )
 def test_dual_price_refuses(arguments: tuple, options: dict, message: str) -> None:

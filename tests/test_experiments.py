@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from cila_bound import Geometry, certify, read_log
 from cila_bound.report import Report
@@ -28,6 +29,7 @@ from experiments.streams import build_stream, class_incremental, split_by_class
 from experiments.sweep import sweep
 from experiments.tuples import draw_tuples, tuple_losses
 from tests.simulate import losses
+from tests.test_kernels import triple_loop
 
 ROOT = Path(__file__).parent.parent
 TINY = RunConfig(n_tasks=5, epochs_first=2, epochs=1, buffer_size=40, tuple_rounds=2, n_negatives=2)
@@ -311,6 +313,41 @@ def test_a_directory_with_another_run_is_refused(tmp_path: Path) -> None:
         train.run(dataclasses.replace(TINY, epochs=3), tmp_path, show_progress=False)
 
 
+def test_a_refused_configuration_leaves_no_trace(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="n_tasks must split"):
+        train.run(dataclasses.replace(TINY, n_tasks=3), tmp_path / "run", show_progress=False)
+    with pytest.raises(ValueError, match=r"data of task 1 .* are too few"):
+        train.run(dataclasses.replace(TINY, n_negatives=90), tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_two_processes_cannot_share_a_directory(tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="is in use by another process"):
+        train.run(TINY, tmp_path, show_progress=False)
+
+
+def test_objective_against_the_equations(tmp_path: Path) -> None:
+    """scale x SupCon over anchors of the current task + lambda x distillation of all rows, two views, self excluded."""
+    config = dataclasses.replace(TINY, contrastive_scale=3.0)
+    run = train._Run(config, tmp_path)
+    run._freeze_teacher()
+    run.progress.distill_weight = 2.0
+    torch.nn.init.normal_(run.model.head[0].weight)  # else both models are the same
+    images = torch.from_numpy(run.stream.tasks[0].train.images[:6])
+    labels, current = torch.tensor([0, 1, 1, 0, 2, 2]), torch.tensor([True, True, False, True, False, False])
+    views, labels, current = torch.cat([images, images.flip(3)]), labels.repeat(2), current.repeat(2)
+    loss, terms = run._loss(views, labels, current)
+    z, teacher = run.model(views).detach(), run.teacher(views)
+    ids = torch.arange(12)
+    options = {"query_label": labels, "key_label": labels, "query_id": ids, "key_id": ids}
+    options |= {name: getattr(config, name) for name in ("temperature", "student_temperature", "teacher_temperature")}
+    rows = triple_loop([z, z, teacher, teacher], options)
+    contrastive = np.array(rows["contrastive"])[current.numpy()]
+    assert terms["contrastive"].tolist() == pytest.approx(contrastive.tolist(), rel=1e-5)
+    assert terms["distillation"].tolist() == pytest.approx(rows["distillation"], rel=1e-5)
+    assert loss.item() == pytest.approx(3.0 * contrastive.mean() + 2.0 * np.mean(rows["distillation"]), rel=1e-5)
+
+
 def test_a_diverging_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(loss became nan .* lower learning_rate|not finite)"):
         train.run(dataclasses.replace(TINY, learning_rate=1e30), tmp_path, show_progress=False)
@@ -328,6 +365,8 @@ def test_sweep_skips_finished_runs_and_reports_failures(tmp_path: Path, capfd: p
     assert "buffer_size must be at least 10" in failures[0][1]
     with pytest.raises(ValueError, match="at least one method"):
         sweep(base, [], [0], 1, tmp_path)
+    with pytest.raises(ValueError, match="digits/co2l-seed0 is asked for twice"):
+        sweep(base, ["co2l"], [0, 0], 2, tmp_path)
 
 
 def test_command_line_reports_bad_input_without_a_traceback(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from cila_bound import certify
 from experiments.config import RunConfig
 from experiments.sweep import sweep
-from paper_figures.__main__ import main
+from paper_figures.__main__ import DATA, main
 from paper_figures.figures import FIGURES, measured_vs_bounds
 from paper_figures.runs import load_studies, mean_and_std
 from paper_figures.tables import summary
@@ -88,20 +88,37 @@ def test_an_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "holds no finished run" in capsys.readouterr().err
 
 
-def test_unlike_runs_are_not_averaged(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for source in runs.glob("**/cila-max-seed0/*"):
-        for name in ("one", "two"):
-            target = tmp_path / name / source.name
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(source.read_bytes())
-    metrics = json.loads((tmp_path / "two/metrics.json").read_text())
-    metrics["config"]["epochs"] = 99
-    (tmp_path / "two/metrics.json").write_text(json.dumps(metrics))
-    assert main((), tmp_path, tmp_path / "out") == 2
+def copy_run(source: Path, target: Path, **config: object) -> None:
+    """A copy of a run with changed options in its metrics."""
+    target.mkdir(parents=True)
+    metrics = json.loads((source / "metrics.json").read_text())
+    metrics["config"] |= config
+    (target / "metrics.json").write_text(json.dumps(metrics))
+    (target / "losses.jsonl").write_bytes((source / "losses.jsonl").read_bytes())
+
+
+def test_unlike_or_repeated_runs_are_not_averaged(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = runs / "digits/cila-max-seed0"
+    copy_run(source, tmp_path / "a/one")
+    copy_run(source, tmp_path / "a/two", seed=1, epochs=99)
+    assert main((), tmp_path / "a", tmp_path / "out") == 2
     assert "differ in epochs, 1 and 99: keep them in separate folders" in capsys.readouterr().err
-    (tmp_path / "two/losses.jsonl").unlink()
-    assert main((), tmp_path, tmp_path / "out") == 2
+    (tmp_path / "a/two/losses.jsonl").unlink()
+    assert main((), tmp_path / "a", tmp_path / "out") == 2
     assert "is missing beside metrics.json" in capsys.readouterr().err
+    copy_run(source, tmp_path / "b/one")
+    copy_run(source, tmp_path / "b/two")
+    assert main((), tmp_path / "b", tmp_path / "out") == 2
+    assert "b/one and" in (error := capsys.readouterr().err)
+    assert "are the same method and seed" in error
+
+
+def test_the_logs_of_the_repository_are_the_default() -> None:
+    """What the README shows can be redrawn: three methods, three seeds."""
+    (study,) = load_studies(DATA)
+    assert {method: len(found) for method, found in study.methods.items()} == {"cila-max": 3, "co2l": 3, "finetune": 3}
 
 
 def test_a_study_without_spread_still_draws(runs: Path) -> None:

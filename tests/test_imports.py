@@ -21,7 +21,7 @@ ALLOWED = {
     "cila_kernels": {"cila_kernels", "torch", "triton"},
     "experiments": {
         *("experiments", "cila_bound", "cila_kernels"),
-        *("torch", "numpy", "scipy", "sklearn", "tqdm", "tyro", "joblib"),
+        *("torch", "numpy", "scipy", "sklearn", "tqdm", "tyro", "joblib", "filelock"),
     },
     "paper_figures": {"paper_figures", "cila_bound", "matplotlib", "numpy", "tyro"},
 }
