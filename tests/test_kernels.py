@@ -223,6 +223,37 @@ def test_invariances(impl: Any) -> None:
     assert torch.allclose(same.contrastive, same.teacher_contrastive, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_loss_scaling_survives_half_precision(dtype: torch.dtype) -> None:
+    """Gradients are multiplied by the upstream gradient, up to 65536 in mixed precision, before they are rounded."""
+    tensors, options = problem((64, 96, 16, 8), "index", dtype=dtype)
+    found = []
+    for impl in IMPLEMENTATIONS:
+        query, key = (tensor.clone().requires_grad_() for tensor in tensors[:2])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = info_nce_distill_loss(query, key, *tensors[2:], **options, impl=impl).loss
+        found.append(torch.autograd.grad(65536.0 * loss, (query, key)))
+    for exact, mine in zip(*found, strict=True):
+        assert mine.isfinite().all()
+        assert (mine.double() - exact.double()).abs().max() <= 2 * torch.finfo(dtype).eps * exact.double().abs().max()
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_autocast_does_not_lower_the_precision(reduced: bool) -> None:
+    tensors, options = problem((40, 50, 16, 8), "label+id", dtype=torch.float32)
+    results = []
+    for enabled in (False, True):
+        query, key = (tensor.clone().requires_grad_() for tensor in tensors[:2])
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            call = info_nce_distill_loss if reduced else info_nce_distill
+            result = call(query, key, *tensors[2:], **options, impl="streaming")
+            loss = result.loss if reduced else (result.contrastive + result.distillation).mean()
+            results.append((loss, *torch.autograd.grad(loss, (query, key))))
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)
+
+
 def test_graph_can_be_used_twice_and_queue_keys_get_no_gradient() -> None:
     tensors, options = problem((7, 11, 5, 3), "index")
     query = tensors[0].clone().requires_grad_()
@@ -340,6 +371,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown policy": ({"on_missing_positive": "skip"}, ValueError, "'error' or 'ignore', got 'skip'"),
     "temperature zero": ({"temperature": 0.0}, ValueError, "temperature must be finite and > 0, got 0.0"),
     "temperature NaN": ({"student_temperature": math.nan}, ValueError, "student_temperature must be .* got nan"),
+    "temperature text": ({"teacher_temperature": "low"}, TypeError, "teacher_temperature must be a float .* got 'low'"),
     "temperature vector": (
         {"temperature": torch.ones(2)},
         ValueError,
@@ -371,6 +403,8 @@ def test_refuses(name: str) -> None:
         ({"distill_weight": -1.0}, ValueError, "distill_weight must be finite and >= 0, got -1.0"),
         ({"distill_weight": torch.ones(3)}, ValueError, "distill_weight must have shape \\(4,\\)"),
         ({"distill_weight": torch.ones(4, requires_grad=True)}, ValueError, "distill_weight requires grad"),
+        ({"distill_weight": torch.tensor(1.0, requires_grad=True)}, ValueError, "distill_weight requires grad"),
+        ({"distill_weight": "high"}, TypeError, "distill_weight must be a float or a tensor, got 'high'"),
     ],
 )
 def test_reduced_call_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -398,8 +432,9 @@ def test_rows_without_positive(impl: Any) -> None:
 
 def test_not_unit_norm_warns_once() -> None:
     _warned.clear()
-    with pytest.warns(UserWarning, match="query is not unit-norm .norms 2 to 2.: normalise it"):
+    with pytest.warns(UserWarning, match=r"query is not unit-norm \(norms 2 to 2\): normalise it") as caught:
         call(query=2 * torch.eye(4, 3) + torch.tensor([0, 0, 0, 1.0])[:, None] * torch.tensor([2.0, 0, 0]))
+    assert caught[0].filename == __file__  # it points to the caller
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(query=3 * torch.eye(4, 3) + torch.tensor([0, 0, 0, 1.0])[:, None])

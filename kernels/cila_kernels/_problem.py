@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from cila_kernels._exclusion import Exclusion
+from cila_kernels._positives import Group, Positives
 
 MissingPositive = Literal["error", "ignore"]
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -18,23 +22,14 @@ _SHOWN = 10  # rows named in an error
 
 @dataclass(frozen=True)
 class Problem:
-    """Validated inputs. Temperatures are 0-d tensors; ``positive_count`` (N,) is the number of positives of each row
-    (1 for an index).
-
-    Shapes: query (N, D), key (M, D), teacher_query (N, D'), teacher_key (M, D'), labels and ids (N,) and (M,),
-    positive (N,).
-    """
+    """Validated inputs: query (N, D), key (M, D), teacher_query (N, D'), teacher_key (M, D'), 0-d temperatures."""
 
     query: Tensor
     key: Tensor
     teacher_query: Tensor | None
     teacher_key: Tensor | None
-    positive: Tensor | None
-    query_label: Tensor | None
-    key_label: Tensor | None
-    query_id: Tensor | None
-    key_id: Tensor | None
-    positive_count: Tensor
+    positives: Positives
+    exclusion: Exclusion | None
     temperature: Tensor
     student_temperature: Tensor
     teacher_temperature: Tensor
@@ -43,25 +38,6 @@ class Problem:
     def compute_dtype(self) -> torch.dtype:
         """float64 for float64 input, else float32: half precision is accumulated in float32."""
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
-
-    def excluded(self, rows: slice) -> Tensor | None:
-        """(rows, M) mask of the candidates that carry the row's own id; None without ids."""
-        if self.query_id is None or self.key_id is None:
-            return None
-        return self.query_id[rows, None] == self.key_id[None, :]
-
-    def positive_weight(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """(rows, M) weights of the positives: each row sums to 1, or is 0 where it has none."""
-        if self.positive is not None:
-            index = self.positive[rows, None]
-            weight = torch.zeros(index.shape[0], self.key.shape[0], dtype=dtype, device=self.key.device)
-            return weight.scatter_(1, index, 1.0)
-        assert self.query_label is not None and self.key_label is not None
-        mask = self.query_label[rows, None] == self.key_label[None, :]
-        excluded = self.excluded(rows)
-        if excluded is not None:
-            mask &= ~excluded
-        return mask.to(dtype).div_(self.positive_count[rows, None].clamp(min=1))
 
 
 def prepare(
@@ -113,29 +89,27 @@ def prepare(
     query_label, key_label = _check_pair("query_label", query_label, n, "key_label", key_label, m, device)
     if (positive is None) == (query_label is None):
         raise ValueError("give the positives either as key indices (positive) or as labels (query_label and key_label)")
+    exclusion = None
     if query_id is not None and key_id is not None:
-        empty = _count((query_id, key_id)) == m
+        exclusion = Exclusion.of(query_id, key_id)
+        empty = exclusion.count == m
         if empty.any():
             raise ValueError(
                 f"every key carries the id of {_rows(empty)}: the candidate set is empty; add keys or drop the rows"
             )
-
     if positive is not None:
-        positive = _check_vector("positive", positive, n, device)
-        outside = (positive < 0) | (positive >= m)
-        if outside.any():
-            raise ValueError(f"positive must be a key index in 0..{m - 1}, but is not for {_rows(outside)}")
-        if query_id is not None and key_id is not None:
-            own = query_id == key_id[positive]
-            if own.any():
-                raise ValueError(f"the positive key carries the row's own id, which excludes it, for {_rows(own)}")
-        count = torch.ones_like(positive)
+        positives = _index_positives(positive, n, m, device, exclusion)
     else:
         assert query_label is not None and key_label is not None
-        count = _count((query_label, key_label))
-        if query_id is not None and key_id is not None:
-            count = count - _count((query_label, key_label), (query_id, key_id))
-        missing = count == 0 if needs_positive is None else (count == 0) & needs_positive
+        labels = query_label, key_label
+        groups = [Group.of(1, labels)]
+        if exclusion is not None:
+            groups.append(Group.of(-1, labels, (exclusion.query_id, exclusion.key_id)))
+        count = torch.stack([group.sign * group.sizes() for group in groups]).sum(0)
+        positives = Positives(None, tuple(groups), count)
+        missing = positives.count == 0
+        if needs_positive is not None:
+            missing &= needs_positive
         if on_missing_positive == "error" and missing.any():
             raise ValueError(
                 f"no key but itself has the label of {_rows(missing)}: add positives, "
@@ -160,12 +134,8 @@ def prepare(
         key=key,
         teacher_query=teacher_query,
         teacher_key=teacher_key,
-        positive=positive,
-        query_label=query_label,
-        key_label=key_label,
-        query_id=query_id,
-        key_id=key_id,
-        positive_count=count,
+        positives=positives,
+        exclusion=exclusion,
         temperature=own_temperature,
         student_temperature=student,
         teacher_temperature=teacher.detach(),
@@ -185,6 +155,18 @@ def check_row_vector(name: str, value: Tensor, n: int, device: torch.device, dty
     if value.device != device:
         raise ValueError(f"all tensors must be on one device, got query on {device} and {name} on {value.device}")
     return value
+
+
+def _index_positives(index: Tensor, n: int, m: int, device: torch.device, exclusion: Exclusion | None) -> Positives:
+    index = _check_vector("positive", index, n, device)
+    outside = (index < 0) | (index >= m)
+    if outside.any():
+        raise ValueError(f"positive must be a key index in 0..{m - 1}, but is not for {_rows(outside)}")
+    if exclusion is not None:
+        own = exclusion.query_id == exclusion.key_id[index]
+        if own.any():
+            raise ValueError(f"the positive key carries the row's own id, which excludes it, for {_rows(own)}")
+    return Positives(index, (), torch.ones_like(index))
 
 
 def _check_vector(name: str, value: Tensor, n: int, device: torch.device) -> Tensor:
@@ -241,7 +223,7 @@ def _warn_once(message: str) -> None:
     """Once per process, whatever the norms."""
     if "unit-norm" not in _warned:
         _warned.add("unit-norm")
-        warnings.warn(message, UserWarning, stacklevel=6)
+        warnings.warn(message, UserWarning, stacklevel=5)
 
 
 def _check_temperature(name: str, value: float | Tensor, device: torch.device) -> Tensor:
@@ -251,25 +233,13 @@ def _check_temperature(name: str, value: float | Tensor, device: torch.device) -
                 f"{name} must be a float or a 0-d float tensor, got {value.dtype} of shape {tuple(value.shape)}"
             )
         number, tensor = value.item(), value
-    else:
+    elif isinstance(value, numbers.Real):
         number, tensor = float(value), torch.tensor(float(value), dtype=torch.float64)
+    else:
+        raise TypeError(f"{name} must be a float or a 0-d float tensor, got {value!r}")
     if not (math.isfinite(number) and number > 0.0):
         raise ValueError(f"{name} must be finite and > 0, got {number!r}")
     return tensor.to(device)
-
-
-def _count(*columns: tuple[Tensor, Tensor]) -> Tensor:
-    """For each query the number of keys that agree with it in every column (query (N,), key (M,)), without an N x M
-    comparison.
-    """
-    m = columns[0][1].shape[0]
-    group: Tensor | None = None
-    for query, key in columns:
-        _, inverse = torch.unique(torch.cat([key, query]), return_inverse=True)
-        joint = inverse if group is None else group * (inverse.max() + 1) + inverse
-        _, group = torch.unique(joint, return_inverse=True)
-    assert group is not None
-    return torch.bincount(group[:m], minlength=int(group.max()) + 1)[group[m:]]
 
 
 def _rows(mask: Tensor) -> str:

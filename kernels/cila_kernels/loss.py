@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -48,26 +49,27 @@ def info_nce_distill(
 
     It replaces::
 
-        q = (query @ key.T / temperature).log_softmax(1) contrastive = -q[range(N), positive]
-        # or the mean over all keys of the row's label p = (teacher_query @ teacher_key.T /
-        teacher_temperature).softmax(1) distillation = -(p * (query @ key.T /
-        student_temperature).log_softmax(1)).sum(1)
+        q = (query @ key.T / temperature).log_softmax(1)
+        contrastive = -q[range(N), positive]  # with labels: minus the mean over all keys of the row's label
+        p = (teacher_query @ teacher_key.T / teacher_temperature).softmax(1)
+        distillation = -(p * (query @ key.T / student_temperature).log_softmax(1)).sum(1)
 
     Arguments:
-        query (N, D), key (M, D): unit-norm embeddings in float16, bfloat16, float32 or float64; gradients flow to
-        both, and a key that
-            does not require grad (a queue) costs none.
-        teacher_query (N, D'), teacher_key (M, D'): the frozen previous model's embeddings of the same samples, no
-        gradient; D' is free. positive (N,): index of each row's positive key (InfoNCE); or query_label (N,),
-        key_label (M,): every key with the row's label is a positive (SupCon, mean over positives outside the log).
-        query_id (N,), key_id (M,): a key with the row's own id is left out of every softmax, the teacher's too, and
-        is no positive. temperature, student_temperature (default: temperature), teacher_temperature (default:
-        student_temperature): floats or 0-d
-            tensors; the student's two are differentiable.
-        on_missing_positive: rows without any positive raise an error, or with "ignore" have contrastive loss 0.
-        strict: embeddings that are not unit-norm raise an error instead of one warning.
-        impl: "reference" (float64, all similarities, the oracle), "streaming" (any device, row blocks), "triton"
-        (GPU), or "auto".
+
+    - query (N, D), key (M, D): unit-norm embeddings in float16, bfloat16, float32 or float64. Gradients flow to both;
+      a key that does not require grad (a queue) costs none.
+    - teacher_query (N, D'), teacher_key (M, D'): the frozen previous model's embeddings of the same samples, without
+      gradient, of any width; or neither, for the contrastive loss alone.
+    - positive (N,): index of each row's positive key (InfoNCE); or query_label (N,) and key_label (M,): every key with
+      the row's label is a positive (SupCon, mean over positives outside the logarithm).
+    - query_id (N,), key_id (M,): a key with the row's own id is left out of every softmax, the teacher's too, and is no
+      positive.
+    - temperature, student_temperature (default: temperature), teacher_temperature (default: student_temperature):
+      floats or 0-d tensors; the first two are differentiable.
+    - on_missing_positive: rows without a positive raise an error, or with "ignore" have contrastive loss 0.
+    - strict: embeddings that are not unit-norm raise an error, instead of one warning.
+    - impl: "reference" (float64, all similarities: the oracle), "streaming" (any device, row blocks), "triton" (GPU),
+      or "auto".
 
     Returns per-row losses (N,) in nats, differentiable with any upstream gradient; half-precision input is computed
     and returned in float32.
@@ -118,18 +120,17 @@ def info_nce_distill_loss(
     strict: bool = False,
     impl: Impl = "auto",
 ) -> ReducedLoss:
-    """contrastive[anchor_mask].mean() + (distill_weight * distillation).mean(), with its gradients formed in the
-    forward pass.
+    """contrastive[anchor_mask].mean() + (distill_weight * distillation).mean(), and the per-row terms.
 
-    The weights are known beforehand, so nothing is recomputed: cheaper than reducing :func:`info_nce_distill`, same
-    numbers.
+    The weights are known beforehand, so the gradients are formed in the forward pass and nothing is recomputed: cheaper
+    than reducing :func:`info_nce_distill`.
 
     Arguments beyond those of :func:`info_nce_distill`:
-        distill_weight: lambda, a finite float >= 0 or a tensor of one per row (N,), without gradient. anchor_mask
-        (N,) bool: the rows whose contrastive loss counts (asymmetric SupCon: rows of the current task); default all.
-        Other rows
-            need no positive, and are distilled all the same. A mask without any True gives contrastive loss 0 with
-            on_missing_positive="ignore" and an error otherwise.
+
+    - distill_weight: lambda, a finite float >= 0 or a tensor of one per row (N,), without gradient.
+    - anchor_mask (N,) bool: the rows whose contrastive loss counts (asymmetric SupCon: rows of the current task);
+      default all. Other rows need no positive, and are distilled all the same. A mask without any True gives
+      contrastive loss 0 with on_missing_positive="ignore", and an error otherwise.
 
     Raises what :func:`info_nce_distill` raises, and the same for the two arguments above.
     """
@@ -173,15 +174,18 @@ def _contrastive_weight(query: Tensor, anchor_mask: Tensor | None) -> Tensor:
 def _distill_weight(query: Tensor, weight: float | Tensor) -> Tensor:
     """lambda / N per row, float64 (N,)."""
     n = query.shape[0]
-    if isinstance(weight, Tensor) and weight.ndim > 0:
-        row_weight = check_row_vector("distill_weight", weight, n, query.device, _WEIGHT_DTYPES).double()
-        if row_weight.requires_grad:
+    if isinstance(weight, Tensor):
+        if weight.requires_grad:
             raise ValueError("distill_weight requires grad, but gets none: detach it")
+        vector = weight.expand(n) if weight.ndim == 0 else weight
+        rows = check_row_vector("distill_weight", vector, n, query.device, _WEIGHT_DTYPES).double()
+    elif isinstance(weight, numbers.Real):
+        rows = torch.full((n,), float(weight), dtype=torch.float64, device=query.device)
     else:
-        row_weight = torch.full((n,), float(weight), dtype=torch.float64, device=query.device)
-    if not (torch.isfinite(row_weight) & (row_weight >= 0)).all():
+        raise TypeError(f"distill_weight must be a float or a tensor, got {weight!r}")
+    if not (torch.isfinite(rows) & (rows >= 0)).all():
         raise ValueError(f"distill_weight must be finite and >= 0, got {weight!r}")
-    return row_weight / n
+    return rows / n
 
 
 def _module(impl: str) -> ModuleType:
