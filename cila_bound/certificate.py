@@ -62,9 +62,9 @@ class Certificate:
 
     ``per_task`` and ``lower_per_task`` are clipped to [floor, ceiling]; ``unclipped_per_task`` is the same upper
     chain without clipping. ``total`` bounds the population loss sum_i L_con(f_T; D_i) and ``unclipped_total`` is the
-    same unclipped (may be infinite). ``kind`` is "plug_in": logged means stand for population means, so this is an
-    estimate of the bound, with no statement of confidence. ``measured`` holds the mean of the log's test records
-    (None where there is none).
+    same unclipped (may be infinite); ``tightness`` is that of the clipped bound. ``kind`` is "plug_in": logged means
+    stand for population means, so this is an estimate of the bound, with no statement of confidence. ``measured`` holds
+    the mean of the log's test records (None where there is none).
     """
 
     step: StepName
@@ -96,7 +96,10 @@ class Certificate:
 
     @property
     def vacuous_total(self) -> bool:
-        return self.unclipped_total >= len(self.tasks) * self.geometry.ceiling
+        """The sum says nothing, clipped as it is: every task's bound is vacuous, or Theorem 1's is."""
+        if self.theorem is not None:
+            return self.unclipped_total >= len(self.tasks) * self.geometry.ceiling
+        return all(self.vacuous)
 
     @property
     def measured_total(self) -> float | None:

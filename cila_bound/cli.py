@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from cila_bound.report import Report
 
 _EPILOG = """\
 exit status: 0 if every bound holds on the measured test losses, 1 if one is violated beyond its sampling error,
-2 on bad input. Losses are in nats. A cell of the table is the bound and, in brackets, bound / measured; "vac" marks a
-bound at or above the ceiling, which says nothing, with its unclipped value. theorem1 bounds the sum over tasks only.
+2 on bad input (the other logs are evaluated all the same). Losses are in nats. A cell of the table is the bound and, in
+brackets, bound / measured; "vac" marks a bound at or above the ceiling, which says nothing, with its unclipped value.
+theorem1 bounds the sum over tasks only.
 """
 
 
@@ -41,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         except (OSError, ValueError, LookupError) as error:
             print(f"cila-bound: {error}", file=sys.stderr)
-            return 2
+            status = 2
+            continue
         print(json.dumps({"log": path, **report.as_json()}, allow_nan=False) if options.json else report.as_text(path))
         status = max(status, 1 if report.violations else 0)
     return status
@@ -73,9 +76,16 @@ def _parser() -> argparse.ArgumentParser:
         help="tuples that the bounds are computed from (default: heldout)",
     )
     add("--after-task", type=int, metavar="T", help="bound the model after task T (default: the last one logged)")
-    add("--sigmas", type=float, default=3.0, help="standard errors of room before a bound is violated (default: 3)")
+    add("--sigmas", type=_sigmas, default=3.0, help="standard errors of room before a bound is violated (default: 3)")
     add("--json", action="store_true", help="one JSON object per log instead of tables")
     return parser
+
+
+def _sigmas(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0.0):
+        raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text}")
+    return value
 
 
 if __name__ == "__main__":

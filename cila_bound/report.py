@@ -24,6 +24,7 @@ class Report:
     certificates: list[Certificate]
     violations: list[tuple[Certificate, Violation]]
     skipped: list[str]
+    sigmas: float
 
     @staticmethod
     def of(
@@ -55,9 +56,11 @@ class Report:
                     skipped.append(f"{step} ({chain}): {error}")
         if not certificates:
             reasons = skipped or [f"{', '.join(steps or ())} does not exist for the {', '.join(chains)} chain"]
-            raise ValueError(f"no bound can be evaluated: {reasons[0]}")
+            earlier = log.last_task - 1 if after_task is None else 0
+            remedy = f"; if the run was cut short, bound the model after task {earlier} (after_task)" if earlier else ""
+            raise ValueError(f"no bound can be evaluated: {reasons[0]}{remedy}")
         violations = [(c, violation) for c in certificates for violation in find_violations(log, c, sigmas)]
-        return Report(log, certificates, violations, skipped)
+        return Report(log, certificates, violations, skipped, sigmas)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values; an infinite bound is the string "inf"."""
@@ -95,7 +98,12 @@ class Report:
                 data = sorted({c.data for c in columns if not c.theorem})
                 source = f", from {_SOURCE[data[0]]}" if data else ""
                 lines += ["", f"{chain} chain: {_MEANING[chain]}{source}", *self._table(columns)]
-        lines += ["", "measured: mean +- standard error on test tuples; each bound needs unit-norm embeddings and"]
+        lines += [
+            "",
+            "measured: mean +- standard error on test tuples; total: of the bounds clipped at the ceiling; lower: the "
+            "total's lower bound",
+            "each bound needs unit-norm embeddings and",
+        ]
         lines += [f"  {step:<10}  {ASSUMPTIONS[step]}" for step in dict.fromkeys(c.step for c in self.certificates)]
         lines += [f"not evaluated: {reason}" for reason in self.skipped]
         return "\n".join([*lines, "", *self._verdict()])
@@ -118,7 +126,27 @@ class Report:
         compared = sum(loss is not None for loss in losses)
         if not compared:
             return ["no measured test losses in the log: nothing to compare the bounds with"]
-        return [f"all bounds hold on the measured test losses of {compared} of {len(losses)} tasks"]
+        lines = [
+            f"all bounds evaluated hold on the measured test losses of {compared} of {len(losses)} tasks, "
+            f"within {self.sigmas:g} standard errors"
+        ]
+        outside, cells = self._point_estimates()
+        if outside:
+            lines.append(
+                f"{outside} of {cells} point estimates lie on the wrong side of the measured loss, by sampling error"
+            )
+        return lines
+
+    def _point_estimates(self) -> tuple[int, int]:
+        """How many upper and lower bounds per task the measured mean contradicts, without margin, and of how many."""
+        pairs = [
+            (low, loss, high)
+            for c in self.certificates
+            if not c.theorem
+            for low, loss, high in zip(c.lower_per_task, c.measured, c.per_task, strict=True)
+            if loss is not None
+        ]
+        return sum((loss > high) + (loss < low) for low, loss, high in pairs), 2 * len(pairs)
 
     def _table(self, columns: list[Certificate]) -> list[str]:
         first = columns[0]
@@ -130,8 +158,8 @@ class Report:
             cells = ["-" if c.theorem else _task_cell(c, index) for c in columns]
             rows.append([name, str(steps[index]), self._measured(first, index + 1), *cells])
         truth = "-" if first.measured_total is None else f"{first.measured_total:.4g}"
-        totals = [_cell(c.total, c.unclipped_total, c.vacuous_total, c.tightness_total) for c in columns]
-        rows.append(["total", "", truth, *totals])
+        rows.append(["total", "", truth, *(_cell(c.total, c.vacuous_total, c.tightness_total) for c in columns)])
+        rows.append(["unclipped", "", "", *(f"{c.unclipped_total:.3g}" for c in columns)])
         rows.append(["lower", "", "", *(f"{c.lower_total:.4g}" for c in columns)])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -144,12 +172,13 @@ class Report:
 
 
 def _task_cell(c: Certificate, index: int) -> str:
-    return _cell(c.per_task[index], c.unclipped_per_task[index], c.vacuous[index], c.tightness[index])
+    bound = c.unclipped_per_task[index] if c.vacuous[index] else c.per_task[index]
+    return _cell(bound, c.vacuous[index], c.tightness[index])
 
 
-def _cell(bound: float, unclipped: float, vacuous: bool, tightness: float | None) -> str:
+def _cell(bound: float, vacuous: bool, tightness: float | None) -> str:
     if vacuous:
-        return f"{unclipped:.3g} vac"
+        return f"{bound:.3g} vac"
     return f"{bound:.3g}" if tightness is None else f"{bound:.3g} ({tightness:.1f}x)"
 
 
