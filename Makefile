@@ -8,12 +8,13 @@ DEMO := runs/demo
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint benchmark figures clean
+.PHONY: help demo test lint benchmark figures compile-check clean
 
 help:
 	@echo "make demo       set up, train CILA and two rivals on digits, certify the runs, draw the figures"
 	@echo "make test       set up, check style and types, run all tests"
 	@echo "make benchmark  times of the bounds"
+	@echo "make compile-check  compile the GPU kernels with the oldest and newest Triton (no GPU needed)"
 	@echo "make figures    the figures of the README, from the logs in the repository"
 	@echo "make clean      remove the environment and the demo's runs"
 
@@ -47,6 +48,15 @@ lint: $(VENV)/.done
 
 benchmark: $(VENV)/.done
 	$(BIN)/python -m pytest --quiet tests/benchmark_bounds.py
+
+# The oldest and the newest supported Triton, beside the one in the environment.
+compile-check: $(VENV)/.done
+	for version in 3.6.0 3.9.0; do \
+		test -d $(VENV)/triton-$$version || \
+			$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton-$$version triton==$$version || exit 1; \
+		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python kernels/benchmarks/resources.py || exit 1; \
+	done
+	$(BIN)/python kernels/benchmarks/resources.py
 
 figures: $(VENV)/.done
 	$(BIN)/python -m paper_figures --out paper_figures/rendered

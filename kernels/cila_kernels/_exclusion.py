@@ -32,6 +32,12 @@ class Exclusion:
         within = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
         return row, self.order[self.first[rows][row] + within]
 
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """Ids of queries (N,) and keys (M,) as int32: equal where the ids are, -1 for a query without such a key."""
+        ordered = self.key_id[self.order]
+        key_number = torch.searchsorted(ordered, self.key_id)
+        return torch.where(self.count > 0, self.first, -1).int(), key_number.int()
+
     def mask(self) -> Tensor:
         """(N, M): true where the key carries the row's id."""
         return self.query_id[:, None] == self.key_id[None, :]

@@ -14,34 +14,36 @@ from torch import Tensor
 
 
 class Group(NamedTuple):
-    """Queries and keys with equal values have equal numbers in 0..size-1; ``sign``: adds positives, or takes them."""
+    """Queries (N,) and keys (M,) with equal values have equal numbers below N + M; ``sign``: adds positives, or takes
+    them."""
 
     query: Tensor
     key: Tensor
-    size: int
     sign: int
 
     @staticmethod
     def of(sign: int, *columns: tuple[Tensor, Tensor]) -> Group:
         """Rows and keys that agree in every column of (query (N,), key (M,)) integers are one group."""
-        m = columns[0][1].shape[0]
-        joint: Tensor | None = None
-        for query, key in columns:
-            _, number = torch.unique(torch.cat([key, query]), return_inverse=True)
-            if joint is not None:
-                _, number = torch.unique(joint * (number.max() + 1) + number, return_inverse=True)
-            joint = number
-        assert joint is not None
-        return Group(joint[m:], joint[:m], int(joint.max()) + 1, sign)
+        n, m = (side.shape[0] for side in columns[0])
+        joint = torch.zeros(n + m, dtype=torch.int64, device=columns[0][0].device)
+        for column in columns:
+            joint = _numbers(joint * (n + m) + _numbers(torch.cat(column)))
+        return Group(joint[:n], joint[n:], sign)
 
     def sizes(self) -> Tensor:
         """For each row (N,) the number of keys in its group."""
-        return torch.bincount(self.key, minlength=self.size)[self.query]
+        zeros = self.key.new_zeros(self.query.shape[0] + self.key.shape[0])
+        return zeros.index_add(0, self.key, torch.ones_like(self.key))[self.query]
 
     def sums(self, key: Tensor) -> Tensor:
         """For each row (N, D) the sum of the keys in its group; differentiable."""
-        zeros = key.new_zeros(self.size, key.shape[1])
+        zeros = key.new_zeros(self.query.shape[0] + self.key.shape[0], key.shape[1])
         return zeros.index_put((self.key,), key, accumulate=True)[self.query]
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """Equal numbers below the length for equal values; no shape depends on them, so that this can be compiled."""
+    return torch.searchsorted(torch.sort(values).values, values)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class Problem:
     temperature: Tensor
     student_temperature: Tensor
     teacher_temperature: Tensor
+    allow_tf32: bool
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -57,6 +58,7 @@ def prepare(
     on_missing_positive: MissingPositive,
     needs_positive: Tensor | None,
     strict: bool,
+    allow_tf32: bool,
 ) -> Problem:
     """Checks everything that can be wrong with a call, in O((N + M) D); ValueError or TypeError names the value and
     the remedy.
@@ -93,7 +95,7 @@ def prepare(
     if query_id is not None and key_id is not None:
         exclusion = Exclusion.of(query_id, key_id)
         empty = exclusion.count == m
-        if empty.any():
+        if found(empty):
             raise ValueError(
                 f"every key carries the id of {_rows(empty)}: the candidate set is empty; add keys or drop the rows"
             )
@@ -110,7 +112,7 @@ def prepare(
         missing = positives.count == 0
         if needs_positive is not None:
             missing &= needs_positive
-        if on_missing_positive == "error" and missing.any():
+        if on_missing_positive == "error" and found(missing):
             raise ValueError(
                 f"no key but itself has the label of {_rows(missing)}: add positives, "
                 "or pass on_missing_positive='ignore' to count their contrastive loss as 0"
@@ -139,7 +141,13 @@ def prepare(
         temperature=own_temperature,
         student_temperature=student,
         teacher_temperature=teacher.detach(),
+        allow_tf32=allow_tf32,
     )
+
+
+def found(mask: Tensor) -> bool:
+    """Whether any entry is true. False while torch.compile traces: no branch may depend on values there."""
+    return not torch.compiler.is_compiling() and bool(mask.any())
 
 
 def check_row_vector(name: str, value: Tensor, n: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Tensor:
@@ -160,11 +168,11 @@ def check_row_vector(name: str, value: Tensor, n: int, device: torch.device, dty
 def _index_positives(index: Tensor, n: int, m: int, device: torch.device, exclusion: Exclusion | None) -> Positives:
     index = _check_vector("positive", index, n, device)
     outside = (index < 0) | (index >= m)
-    if outside.any():
+    if found(outside):
         raise ValueError(f"positive must be a key index in 0..{m - 1}, but is not for {_rows(outside)}")
     if exclusion is not None:
         own = exclusion.query_id == exclusion.key_id[index]
-        if own.any():
+        if found(own):
             raise ValueError(f"the positive key carries the row's own id, which excludes it, for {_rows(own)}")
     return Positives(index, (), torch.ones_like(index))
 
@@ -204,9 +212,9 @@ def _check_embeddings(query_name: str, query: Tensor, key_name: str, key: Tensor
         with torch.no_grad():
             norm = torch.linalg.vector_norm(value, dim=1, dtype=torch.promote_types(value.dtype, torch.float32))
         not_finite = ~torch.isfinite(norm)
-        if not_finite.any():
+        if found(not_finite):
             raise ValueError(f"{name} is not finite in {_rows(not_finite)}: a NaN or infinity came out of the encoder")
-        if (norm - 1.0).abs().max() > tolerance:
+        if found((norm - 1.0).abs() > tolerance):
             message = (
                 f"{name} is not unit-norm (norms {norm.min():.4g} to {norm.max():.4g}): "
                 "normalise it, or the bounds do not apply"
@@ -232,6 +240,8 @@ def _check_temperature(name: str, value: float | Tensor, device: torch.device) -
             raise ValueError(
                 f"{name} must be a float or a 0-d float tensor, got {value.dtype} of shape {tuple(value.shape)}"
             )
+        if torch.compiler.is_compiling():
+            return value.to(device)
         number, tensor = value.item(), value
     elif isinstance(value, numbers.Real):
         number, tensor = float(value), torch.tensor(float(value), dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cila_kernels import reference, streaming
-from cila_kernels._problem import MissingPositive, check_row_vector, prepare
+from cila_kernels._problem import MissingPositive, Problem, check_row_vector, found, prepare
 from cila_kernels._rows import RowLosses
 
 Impl = Literal["auto", "reference", "streaming", "triton"]
@@ -43,6 +43,7 @@ def info_nce_distill(
     teacher_temperature: float | Tensor | None = None,
     on_missing_positive: MissingPositive = "error",
     strict: bool = False,
+    allow_tf32: bool = False,
     impl: Impl = "auto",
 ) -> RowLosses:
     """Contrastive and distillation loss of every query over all keys, without storing the N x M similarities.
@@ -68,8 +69,9 @@ def info_nce_distill(
       floats or 0-d tensors; the first two are differentiable.
     - on_missing_positive: rows without a positive raise an error, or with "ignore" have contrastive loss 0.
     - strict: embeddings that are not unit-norm raise an error, instead of one warning.
+    - allow_tf32: "triton" may round float32 factors to TF32; half precision is always summed in float32.
     - impl: "reference" (float64, all similarities: the oracle), "streaming" (any device, row blocks), "triton" (GPU),
-      or "auto".
+      or "auto": "triton" for CUDA tensors where it is installed, else "streaming".
 
     Returns per-row losses (N,) in nats, differentiable with any upstream gradient; half-precision input is computed
     and returned in float32.
@@ -96,8 +98,9 @@ def info_nce_distill(
         on_missing_positive=on_missing_positive,
         needs_positive=None,
         strict=strict,
+        allow_tf32=allow_tf32,
     )
-    return _module(impl).row_losses(problem)
+    return _module(impl, problem).row_losses(problem)
 
 
 def info_nce_distill_loss(
@@ -118,6 +121,7 @@ def info_nce_distill_loss(
     anchor_mask: Tensor | None = None,
     on_missing_positive: MissingPositive = "error",
     strict: bool = False,
+    allow_tf32: bool = False,
     impl: Impl = "auto",
 ) -> ReducedLoss:
     """contrastive[anchor_mask].mean() + (distill_weight * distillation).mean(), and the per-row terms.
@@ -136,7 +140,7 @@ def info_nce_distill_loss(
     """
     if isinstance(anchor_mask, Tensor) and isinstance(query, Tensor):
         anchor_mask = check_row_vector("anchor_mask", anchor_mask, query.shape[0], query.device, (torch.bool,))
-        if on_missing_positive == "error" and not anchor_mask.any():
+        if on_missing_positive == "error" and found(~anchor_mask.any()):
             raise ValueError(
                 "anchor_mask selects no row: pass on_missing_positive='ignore' to count the contrastive loss as 0"
             )
@@ -158,9 +162,10 @@ def info_nce_distill_loss(
         on_missing_positive=on_missing_positive,
         needs_positive=anchor_mask,
         strict=strict,
+        allow_tf32=allow_tf32,
     )
     weights = _contrastive_weight(query, anchor_mask), _distill_weight(query, distill_weight)
-    loss, rows = _module(impl).reduced_loss(problem, *weights)
+    loss, rows = _module(impl, problem).reduced_loss(problem, *weights)
     return ReducedLoss(loss, *rows)
 
 
@@ -183,16 +188,29 @@ def _distill_weight(query: Tensor, weight: float | Tensor) -> Tensor:
         rows = torch.full((n,), float(weight), dtype=torch.float64, device=query.device)
     else:
         raise TypeError(f"distill_weight must be a float or a tensor, got {weight!r}")
-    if not (torch.isfinite(rows) & (rows >= 0)).all():
+    if found(~(torch.isfinite(rows) & (rows >= 0))):
         raise ValueError(f"distill_weight must be finite and >= 0, got {weight!r}")
     return rows / n
 
 
-def _module(impl: str) -> ModuleType:
-    if impl == "triton":
-        raise RuntimeError(
-            'impl="triton" is not available in this release: use impl="streaming", which runs on any device'
-        )
-    if impl not in ("auto", "reference", "streaming"):
+def _module(impl: str, problem: Problem) -> ModuleType:
+    if impl not in ("auto", "reference", "streaming", "triton"):
         raise ValueError(f"impl must be 'auto', 'reference', 'streaming' or 'triton', got {impl!r}")
-    return reference if impl == "reference" else streaming
+    if impl == "reference":
+        return reference
+    if impl == "streaming" or (impl == "auto" and problem.query.device.type != "cuda"):
+        return streaming
+    try:
+        from cila_kernels import fused
+    except ModuleNotFoundError as error:
+        if impl == "auto" and error.name == "triton":
+            return streaming
+        raise RuntimeError(
+            "impl='triton' needs the package triton, which is not installed: use impl='streaming'"
+        ) from error
+    reason = fused.unavailable(problem)
+    if reason is None:
+        return fused
+    if impl == "auto":
+        return streaming
+    raise RuntimeError(f"impl='triton' {reason}")

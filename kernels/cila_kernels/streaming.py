@@ -42,12 +42,14 @@ _SAFE_LOGIT = 60.0  # base-2 logits no larger than this can be shifted by their 
 _BLOCK_ELEMENTS = 2**22
 
 
+@torch.compiler.disable
 def row_losses(problem: Problem) -> RowLosses:
     """Per-row losses in the compute dtype, differentiable in query, key and the student's temperatures."""
     with torch.autocast(problem.query.device.type, enabled=False):
         return RowLosses(*_Rows.apply(*_differentiable(problem), problem))
 
 
+@torch.compiler.disable
 def reduced_loss(problem: Problem, contrastive_weight: Tensor, distill_weight: Tensor) -> tuple[Tensor, RowLosses]:
     """(sum_i contrastive_weight_i contrastive_i + distill_weight_i distillation_i, detached per-row losses).
 

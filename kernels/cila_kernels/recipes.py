@@ -1,0 +1,111 @@
+"""Losses that people train with, each a short function of the one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cila_kernels.loss import ReducedLoss, info_nce_distill_loss
+
+
+def nt_xent_loss(view_1: Tensor, view_2: Tensor, *, temperature: float | Tensor, **options: Any) -> Tensor:
+    """SimCLR's NT-Xent: InfoNCE of every view over all 2n - 1 others, its positive being the image's other view.
+
+    ``view_1``, ``view_2`` (n, D): unit-norm embeddings of the same images. ``options``: those of
+    :func:`info_nce_distill_loss`. Returns the mean, nats. Source: Chen et al. 2020, equation 1.
+    """
+    n = _check_same(view_1, view_2, "view_1", "view_2")
+    z = torch.cat([view_1, view_2])
+    ids = torch.arange(2 * n, device=z.device)
+    result = info_nce_distill_loss(
+        z, z, positive=ids.roll(n), query_id=ids, key_id=ids, temperature=temperature, **options
+    )
+    return result.loss
+
+
+def co2l_loss(
+    embedding: Tensor,
+    label: Tensor,
+    teacher_embedding: Tensor | None = None,
+    *,
+    is_current: Tensor | None = None,
+    temperature: float | Tensor = 0.5,
+    student_temperature: float | Tensor = 0.2,
+    teacher_temperature: float | Tensor = 0.01,
+    distill_weight: float | Tensor = 1.0,
+    contrastive_scale: float = 1.0,
+    **options: Any,
+) -> ReducedLoss:
+    """Co2L: asymmetric SupCon plus instance-wise relation distillation (IRD) of every view from the previous model.
+
+    ``embedding`` (2n, D): both views of the batch, buffer included, unit-norm; ``label`` (2n,); ``teacher_embedding``
+    (2n, D'): the previous model's, or None for the first task; ``is_current`` (2n,) bool: views of the current task,
+    the anchors of SupCon (default: all). ``contrastive_scale``: Co2L's code multiplies SupCon by temperature / 0.07;
+    the default 1 is the paper's loss. ``options``: those of :func:`info_nce_distill_loss`.
+
+    Returns contrastive_scale x SupCon + distill_weight x IRD as ``.loss``, and the unscaled terms per row, nats.
+    Source: Cha et al. 2021, equations 2 and 5; the temperatures are those of its appendix for CIFAR-10.
+    """
+    ids = torch.arange(embedding.shape[0], device=embedding.device)
+    result = info_nce_distill_loss(
+        embedding,
+        embedding,
+        teacher_embedding,
+        teacher_embedding,
+        query_label=label,
+        key_label=label,
+        query_id=ids,
+        key_id=ids,
+        temperature=temperature,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        distill_weight=distill_weight / contrastive_scale,
+        anchor_mask=is_current,
+        **options,
+    )
+    return result._replace(loss=contrastive_scale * result.loss)
+
+
+def clip_distill_loss(
+    image: Tensor,
+    text: Tensor,
+    teacher_image: Tensor | None = None,
+    teacher_text: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None = None,
+    distill_weight: float = 1.0,
+    **options: Any,
+) -> Tensor:
+    """CLIP's symmetric loss plus distillation from a frozen teacher, both from image to text and back, averaged.
+
+    ``image``, ``text`` (n, D): unit-norm embeddings of the same pairs; ``teacher_image``, ``teacher_text`` (n, D'): the
+    teacher's, or None. ``temperature`` is 1 / logit_scale and may be learnable; the student is distilled at it too.
+    ``options``: those of :func:`info_nce_distill_loss`. Nats. Sources: Radford et al. 2021; the distillation term is
+    that of open_clip's DistillClipLoss.
+    """
+    n = _check_same(image, text, "image", "text")
+    directions = ((image, text, teacher_image, teacher_text), (text, image, teacher_text, teacher_image))
+    losses = [
+        info_nce_distill_loss(
+            *embeddings,
+            positive=torch.arange(n, device=image.device),
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            distill_weight=distill_weight,
+            **options,
+        ).loss
+        for embeddings in directions
+    ]
+    return (losses[0] + losses[1]) / 2.0
+
+
+def _check_same(first: Tensor, second: Tensor, first_name: str, second_name: str) -> int:
+    if first.shape != second.shape:
+        raise ValueError(
+            f"{first_name} and {second_name} embed the same samples and must have one shape, "
+            f"got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    return first.shape[0]

@@ -1,0 +1,240 @@
+"""The fused kernels, interpreted on the CPU, against the float64 reference; and compiled, without a GPU.
+
+Shapes (N, M, D, D'): one row and one key; fewer than a block; more than a block of both, no multiple of any; a student
+too wide for registers, whose width is no multiple of a piece; a teacher wider than the student; widths of one block.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from cila_kernels import _tuning, fused, info_nce_distill, info_nce_distill_loss  # noqa: E402
+from cila_kernels._triton_kernels import gradient_kernel  # noqa: E402
+from tests.test_kernels import problem  # noqa: E402
+
+SHAPES = [(1, 1, 3, 2), (7, 11, 5, 3), (130, 257, 64, 32), (70, 90, 300, 20), (40, 150, 20, 160), (64, 128, 128, 128)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def run(impl: Any, tensors: list[Tensor], options: dict[str, Any], **change: Any) -> list[Tensor]:
+    """All four losses and the gradients in query, key and both student temperatures, float64."""
+    query, key = (tensor.clone().requires_grad_() for tensor in tensors[:2])
+    options = options | change
+    temperature, student_temperature = (
+        torch.tensor(options.pop(name), dtype=torch.float64, requires_grad=True)
+        for name in ("temperature", "student_temperature")
+    )
+    rows = info_nce_distill(
+        query, key, *tensors[2:], temperature=temperature, student_temperature=student_temperature, impl=impl, **options
+    )
+    weight = torch.linspace(-1.0, 2.0, len(query), dtype=rows.contrastive.dtype)
+    loss = rows.contrastive @ weight + rows.distillation @ weight.flip(0)
+    gradients = torch.autograd.grad(loss, (query, key, temperature, student_temperature))
+    return [value.detach().double() for value in (*rows, *gradients)]
+
+
+def check(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    """Losses to a few units of float32; gradients in the embeddings to two roundings of their dtype."""
+    for i, (mine, exact) in enumerate(zip(found, expected, strict=True)):
+        embedding = i in (4, 5)
+        epsilon = torch.finfo(dtype if embedding else torch.float32).eps
+        scale = exact.abs().max() if embedding else 1.0 + exact.abs().max()
+        assert (mine - exact).abs().max() <= 16 * torch.finfo(torch.float32).eps * (
+            1.0 + scale
+        ) + 2 * epsilon * scale, i
+
+
+@pytest.mark.filterwarnings("ignore:.* is not unit-norm")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("positives", ["index", "label", "label+id"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_reference(shape: tuple[int, int, int, int], positives: str, dtype: torch.dtype) -> None:
+    tensors, options = problem(shape, positives, dtype=dtype)
+    check(run("triton", tensors, options), run("reference", tensors, options), dtype)
+
+
+@pytest.mark.parametrize("width", [16, 160])
+@pytest.mark.parametrize("n", [1, 3])
+def test_split_over_keys_merges_to_the_same(n: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows and many keys: partial sums of 4 splits; the last split holds keys that a row's id excludes entirely."""
+    m = 3 * 1024 + 5
+    tensors, options = problem((n, m, width, 8), "index", dtype=torch.float32)
+    options["positive"] = torch.zeros(n, dtype=torch.int64)
+    options["query_id"] = torch.full((n,), 7)
+    options["key_id"] = torch.where(torch.arange(m) >= 3 * 1024, 7, torch.arange(m) + 100)
+    monkeypatch.setattr(fused, "_processors", lambda device: 132)
+    assert fused._split(n, m, tensors[0].device) == (4, 1024)
+    check(run("triton", tensors, options), run("reference", tensors, options), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_workspace_of_few_rows_gives_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wide student with a workspace of 23 rows at a time: 70 rows in 4 chunks, the last of 1."""
+    tensors, options = problem((70, 90, 200, 20), "label+id", dtype=torch.float32)
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    whole = run("triton", tensors, options)
+    monkeypatch.setattr(fused, "_WORKSPACE_BYTES", 23 * 90 * tensors[0].element_size())
+    chunked = run("triton", tensors, options)
+    for i, (one, many) in enumerate(zip(whole, chunked, strict=True)):
+        epsilon = torch.finfo(dtype if i in (4, 5) else torch.float32).eps
+        assert (one - many).abs().max() <= 4 * epsilon * one.abs().max()
+
+
+def test_one_temperature_shares_its_softmax() -> None:
+    tensors, options = problem((70, 90, 24, 20), "label+id", dtype=torch.float32)
+    del options["student_temperature"]
+    found = []
+    for impl in ("triton", "reference"):
+        query, key = (tensor.clone().requires_grad_() for tensor in tensors[:2])
+        temperature = torch.tensor(0.4, requires_grad=True)
+        rows = info_nce_distill(query, key, *tensors[2:], **(options | {"temperature": temperature}), impl=impl)
+        loss = rows.contrastive.mean() + 2.0 * rows.distillation.mean()
+        found.append([*rows, *torch.autograd.grad(loss, (query, key, temperature))])
+    for mine, exact in zip(*found, strict=True):
+        assert torch.allclose(mine.double(), exact.double(), rtol=2e-5, atol=2e-6)
+
+
+def test_without_teacher() -> None:
+    (query, key, *_), options = problem((70, 90, 24, 20), "index", dtype=torch.float32)
+    query.requires_grad_()
+    rows = info_nce_distill(query, key, positive=options["positive"], temperature=0.1, impl="triton")
+    assert rows[1:] == (None, None, None)
+    expected = torch.nn.functional.cross_entropy(query @ key.T / 0.1, options["positive"], reduction="none")
+    assert torch.allclose(rows.contrastive, expected, rtol=1e-5, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(rows_.mean(), query)[0] for rows_ in (rows.contrastive, expected))
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_queue_keys_cost_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, options = problem((40, 50, 24, 20), "index", dtype=torch.float32)
+    launched = []
+    monkeypatch.setattr(
+        fused, "launch", lambda kernel, *rest: (launched.append((kernel, rest[4])), _tuning.launch(kernel, *rest))
+    )
+    query = tensors[0].requires_grad_()
+    info_nce_distill(query, *tensors[1:], **options, impl="triton").contrastive.sum().backward()
+    assert [flags["OF_KEYS"] for kernel, flags in launched if kernel is gradient_kernel] == [False]
+
+
+def test_runs_are_bitwise_equal() -> None:
+    tensors, options = problem((130, 257, 64, 32), "label+id", dtype=torch.float32)
+    for one, two in zip(run("triton", tensors, options), run("triton", tensors, options), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_operators_keep_their_contract() -> None:
+    """Schema, fake shapes and autograd registration, as PyTorch itself checks them."""
+    tensors, _ = problem((9, 13, 6, 4), "index", dtype=torch.float32)
+    query, key = (tensor.requires_grad_() for tensor in tensors[:2])
+    temperatures = [
+        torch.tensor(value, dtype=torch.float64, requires_grad=i < 2) for i, value in enumerate((0.5, 0.2, 0.1))
+    ]
+    arguments = (query, key, *tensors[2:], None, None, *temperatures, False, True, False)
+    torch.library.opcheck(fused.row_statistics, arguments)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of a tensor that dynamo looks at on a graph break
+@pytest.mark.parametrize("positives", ["index", "label+id"])
+@pytest.mark.parametrize("impl", ["triton", "streaming"])
+def test_callers_can_be_compiled(impl: Any, positives: str) -> None:
+    """Without a graph break for "triton"; "streaming" breaks the graph and gives the same."""
+    tensors, options = problem((40, 50, 16, 8), positives, dtype=torch.float32)
+    query, key = (tensor.requires_grad_() for tensor in tensors[:2])
+
+    def loss(query: Tensor, key: Tensor) -> Tensor:
+        return info_nce_distill_loss(2.0 * query / 2.0, key, *tensors[2:], **options, impl=impl).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=impl == "triton", backend="aot_eager")
+    ours, plain = (torch.autograd.grad(function(query, key), (query, key)) for function in (compiled, loss))
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.* is not unit-norm")
+def test_tiny_float16_gradients_do_not_underflow() -> None:
+    """Softmaxes over 2,048 keys and a mean over rows: products with float16 would lose what is below 6e-8."""
+    tensors, options = problem((64, 2048, 16, 8), "index", dtype=torch.float16)
+    gradients = []
+    for kind in ("reference", "triton"):
+        query, key = (tensor.double() if kind == "reference" else tensor for tensor in tensors[:2])
+        key = key.clone().requires_grad_()
+        loss = info_nce_distill_loss(query, key, *(t.to(key.dtype) for t in tensors[2:]), **options, impl=kind).loss
+        gradients.append(torch.autograd.grad(2.0**16 * loss, key)[0].double())
+    exact, ours = gradients
+    assert (ours - exact).norm() <= 2 * torch.finfo(torch.float16).eps * exact.norm()
+
+
+def test_auto_is_streaming_on_a_cpu() -> None:
+    tensors, options = problem((9, 13, 6, 4), "index", dtype=torch.float32)
+    for auto, streaming in zip(
+        *(info_nce_distill(*tensors, **options, impl=impl) for impl in ("auto", "streaming")), strict=True
+    ):
+        assert torch.equal(auto, streaming)
+
+
+def test_tuner_times_every_configuration_and_keeps_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The autotuner's wiring, with a made-up stopwatch: the second configuration wins and is used again untimed."""
+    tensors, options = problem((40, 50, 24, 20), "index", dtype=torch.float16)
+    expected = info_nce_distill(*tensors, **options, impl="triton")
+    timed = []
+
+    def stopwatch(call: Any, quantiles: Any = None, **_: Any) -> list[float]:
+        call()
+        timed.append(call)
+        return [1.0 / len(timed)] * 3
+
+    autotune = triton.autotune
+    monkeypatch.setattr(triton, "autotune", lambda **given: autotune(**given, do_bench=stopwatch))
+    monkeypatch.setattr(_tuning, "TUNED", True)
+    _tuning._tuned.cache_clear()
+    for _ in range(2):
+        for mine, other in zip(info_nce_distill(*tensors, **options, impl="triton"), expected, strict=True):
+            assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)
+    assert len(timed) == 2
+    _tuning._tuned.cache_clear()
+
+
+def test_refuses_what_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, options = problem((9, 13, 6, 4), "index")
+    with pytest.raises(RuntimeError, match="got float64 embeddings: use impl='streaming'"):
+        info_nce_distill(*tensors, **options, impl="triton")
+    monkeypatch.setattr(fused, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="needs CUDA tensors, got cpu: use impl='streaming'"):
+        info_nce_distill(*(tensor.float() for tensor in tensors), **options, impl="triton")
+
+
+COMPILE = """
+import sys
+from concurrent.futures import ProcessPoolExecutor
+sys.path.insert(0, "kernels/benchmarks")
+import resources
+work = [job for job in resources.jobs(("half", "tf32"), defaults_only=True) if job.capability == int(sys.argv[1])]
+rows = [resources.compile_job(job) for job in work]
+assert len(rows) >= 18, len(rows)
+faults = [f"{row}: {', '.join(row.faults())}" for row in rows if row.faults()]
+assert not faults, faults
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_default_configurations_compile_without_spills(capability: int) -> None:
+    """Tensor-core instructions, registers and shared memory of every default configuration, for D of 64 to 1024."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability)],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
