@@ -46,7 +46,7 @@ def co2l_loss(
     the default 1 is the paper's loss. ``options``: those of :func:`info_nce_distill_loss`.
 
     Returns contrastive_scale x SupCon + distill_weight x IRD as ``.loss``, and the unscaled terms per row, nats.
-    Source: Cha et al. 2021, equations 2 and 5; the temperatures are those of its appendix for CIFAR-10.
+    Source: Cha et al. 2021; the default temperatures are those of its code for CIFAR-10.
     """
     ids = torch.arange(embedding.shape[0], device=embedding.device)
     result = info_nce_distill_loss(
