@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from experiments.config import RunConfig
+from experiments.config import RunConfig, SweepConfig
 from experiments.methods import MethodName
 
 
@@ -19,18 +19,24 @@ def run(config: Annotated[RunConfig, tyro.conf.arg(name="")], out: Path = Path("
         config: the run.
         out: folder below which <stream>/<method>-seed<seed>/ is made.
     """
+    from experiments.directory import finished, finished_notice
     from experiments.train import run as train
 
-    result = train(config, out / config.name)
+    directory = out / config.name
+    result = finished(config, directory)
+    if result is None:
+        result = train(config, directory)
+    else:
+        print(finished_notice(directory, result))
     accuracy = result["class_il"]
     average, forgotten = accuracy["average_accuracy"], accuracy["forgetting"]
     print(f"average accuracy {average:.3f}, forgetting {forgotten:.3f} (linear probe, all classes)")
-    print(f"log: {out / config.name / 'losses.jsonl'}")
+    print(f"log: {directory / 'losses.jsonl'}")
     return 0
 
 
 def sweep(
-    config: Annotated[RunConfig, tyro.conf.arg(name="")],
+    config: Annotated[SweepConfig, tyro.conf.arg(name="")],
     methods: tuple[MethodName, ...] = ("cila-max", "co2l", "finetune"),
     seeds: tuple[int, ...] = (0, 1, 2),
     jobs: int = 1,
@@ -61,6 +67,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("experiments: stopped; the same command resumes after the last finished epoch", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -85,7 +85,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the option and its legal values."""
-        Geometry(self.theory_temperature, self.n_negatives)
+        try:
+            Geometry(self.theory_temperature, 1)
+        except ValueError as error:
+            raise ValueError(f"theory_{error}") from None
+        Geometry(1.0, self.n_negatives)
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         for name, least in _LEAST.items():
@@ -101,6 +105,10 @@ class RunConfig:
         ):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
+            raise ValueError(f"weight_decay must be finite and >= 0, got {self.weight_decay}")
         heldout, test = self.heldout_fraction, self.test_fraction
         if not (heldout > 0 and test > 0 and heldout + test < 1):
             raise ValueError(f"heldout_fraction and test_fraction must be > 0 with a sum < 1, got {heldout} and {test}")
@@ -113,7 +121,7 @@ class RunConfig:
     def check_same(self, path: Path) -> None:
         """Raises ValueError that names the difference if ``path`` holds another configuration."""
         if path.exists():
-            mine, theirs = dataclasses.asdict(self), json.loads(path.read_text())
+            mine, theirs = dataclasses.asdict(self), read_json(path)
             for name in mine | theirs:
                 if mine.get(name) != theirs.get(name):
                     raise ValueError(
@@ -124,3 +132,22 @@ class RunConfig:
     def save(self, path: Path) -> None:
         """Writes the configuration as JSON."""
         write_atomic(path, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class SweepConfig(RunConfig):
+    """What all runs of a sweep share: without --method and --seed, which ``sweep`` takes several of."""
+
+    method: tyro.conf.Suppress[MethodName] = "cila-max"
+    seed: tyro.conf.Suppress[int] = 0
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError that names a damaged one."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or remove {path.parent} to train anew") from None
+    return content

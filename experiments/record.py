@@ -26,7 +26,8 @@ _SPLITS: tuple[Split | str, ...] = ("train", "heldout", "test", "buffer")
 class Recorder:
     """Draws the tuples of every task once, and measures models on them.
 
-    Raises ValueError before any training if a split of a task cannot form a single tuple.
+    Raises ValueError before any training if a split of a task, or what the buffer will keep of it, cannot form a single
+    tuple.
     """
 
     def __init__(self, config: RunConfig, stream: TaskStream) -> None:
@@ -37,6 +38,7 @@ class Recorder:
             for task in range(1, len(stream.tasks) + 1)
             for name, split in stream.tasks[task - 1].splits.items()
         }
+        self._check_buffer()
 
     def record(
         self,
@@ -53,7 +55,7 @@ class Recorder:
         for i in range(1, task + 1):
             splits = self.stream.tasks[i - 1].splits
             kept = splits["train"] if i == task else buffer.of_task(self.stream, i)
-            tuples = self.fixed[i, "train"] if i == task else self._draw(i, "buffer", kept.labels, after_task=task)
+            tuples = self.fixed[i, "train"] if i == task else self._draw_buffer(i, kept, task)
             own: Split = "train" if i == task else "buffer"
             measured: list[tuple[Split, Dataset, Tuples]] = [
                 (own, kept, tuples),
@@ -100,6 +102,23 @@ class Recorder:
     def _losses(self, model: SmallEncoder, teacher: SmallEncoder | None, data: Dataset, tuples: Tuples) -> TupleLosses:
         embedded = None if teacher is None else _embed(teacher, data)
         return tuple_losses(_embed(model, data), embedded, tuples, self.geometry)
+
+    def _check_buffer(self) -> None:
+        """Fills a buffer as the run will, and draws from it after every task."""
+        buffer = Buffer(self.config.buffer_size)
+        for task in range(2, len(self.stream.tasks) + 1):
+            buffer.add(self.stream, task - 1, numpy_rng(self.config.seed, "buffer", task - 1))
+            for i in range(1, task):
+                self._draw_buffer(i, buffer.of_task(self.stream, i), task)
+
+    def _draw_buffer(self, task: int, kept: Dataset, after_task: int) -> Tuples:
+        try:
+            return self._draw(task, "buffer", kept.labels, after_task)
+        except ValueError as error:
+            raise ValueError(
+                f"raise buffer_size (now {self.config.buffer_size}) or lower n_negatives (now "
+                f"{self.config.n_negatives}): after task {after_task} {error}"
+            ) from None
 
     def _draw(self, task: int, split: str, labels: np.ndarray, after_task: int = 0) -> Tuples:
         rng = numpy_rng(self.config.seed, "tuples", task, len(_SPLITS) * after_task + _SPLITS.index(split))

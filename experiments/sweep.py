@@ -10,15 +10,18 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from experiments.config import RunConfig
+from experiments.directory import finished, finished_notice
 from experiments.methods import MethodName
 
 
 def sweep(
     base: RunConfig, methods: Sequence[MethodName], seeds: Sequence[int], jobs: int, out: Path
 ) -> list[tuple[str, str]]:
-    """Trains every method with every seed in ``jobs`` processes; returns (run, reason) of each that failed.
+    """Trains every method with every seed in ``jobs`` processes, and says which are finished already; returns
+    (run, reason) of each that failed.
 
-    Raises ValueError if there is nothing to do or a run's directory holds another configuration: before any run starts.
+    Raises ValueError if there is nothing to do or a run's directory holds another run or a damaged file: before any run
+    starts.
     """
     configs = [dataclasses.replace(base, method=method, seed=seed) for method in methods for seed in seeds]
     if not configs or jobs < 1:
@@ -29,12 +32,15 @@ def sweep(
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{repeated} is asked for twice: give every method and every seed once")
-    for config in configs:
-        config.check_same(out / config.name / "config.json")
+    found = {config: finished(config, out / config.name) for config in configs}
+    for config, metrics in found.items():
+        if metrics is not None:
+            print(finished_notice(out / config.name, metrics))
+    missing = [config for config, metrics in found.items() if metrics is None]
     results = Parallel(n_jobs=jobs, return_as="generator_unordered")(
-        delayed(_run)(config, out, jobs == 1) for config in configs
+        delayed(_run)(config, out, jobs == 1) for config in missing
     )
-    return [failure for failure in tqdm(results, total=len(configs), desc="runs", unit="run") if failure is not None]
+    return [failure for failure in tqdm(results, total=len(missing), desc="runs", unit="run") if failure is not None]
 
 
 def _run(config: RunConfig, out: Path, show_progress: bool) -> tuple[str, str] | None:

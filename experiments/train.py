@@ -1,19 +1,14 @@
-"""One run: train on each task in turn, log the theorem's losses, probe, and be able to stop anywhere.
-
-Run directory: ``config.json``; ``losses.jsonl``, the log that the bounds read; ``metrics.json``, written last, so its
-presence means finished; and, while unfinished, ``checkpoint.pt``, replaced after every epoch.
-"""
+"""One run: train on each task in turn, log the theorem's losses, probe, and be able to stop anywhere."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,63 +25,36 @@ from experiments.augment import random_affine
 from experiments.buffer import Buffer
 from experiments.config import RunConfig
 from experiments.datasets import Dataset
+from experiments.directory import begin_or_resume, finished
 from experiments.evaluate import average_accuracy, backward_transfer, forgetting, linear_probe
 from experiments.methods import METHODS
 from experiments.models import SmallEncoder
 from experiments.record import Recorder
 from experiments.seeds import derive, numpy_rng, torch_generator
 from experiments.streams import build_stream
-from experiments.versions import versions
-
-
-@dataclass
-class Progress:
-    """Everything that a resumed run needs beside its configuration; plain numbers and tensors only."""
-
-    task: int = 1
-    epoch: int = 0
-    records: int = 0
-    distill_weight: float = 0.0
-    seconds: float = 0.0
-    buffer: list[list[int]] = field(default_factory=list)
-    class_il: list[list[float]] = field(default_factory=list)
-    task_il: list[list[float]] = field(default_factory=list)
-    objective: list[dict[str, Any]] = field(default_factory=list)
-    model: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    teacher: dict[str, Any] = field(default_factory=dict)
-
-    def save(self, path: Path) -> None:
-        content = io.BytesIO()
-        torch.save({name.name: getattr(self, name.name) for name in dataclasses.fields(self)}, content)
-        write_atomic(path, content.getvalue())
-
-    @staticmethod
-    def load(path: Path) -> Progress:
-        return Progress(**torch.load(path, weights_only=True))
+from experiments.versions import changes, versions
 
 
 def run(config: RunConfig, directory: Path, *, show_progress: bool = True) -> dict[str, Any]:
     """Trains, or resumes, or finds finished; returns what ``metrics.json`` holds.
 
-    Raises ValueError for a configuration that cannot work, a directory with another run, or a loss that diverges.
+    Raises ValueError for a configuration that cannot work, a directory with another run or a damaged file, or a run
+    that diverges.
     """
-    config.check_same(directory / "config.json")
-    metrics = directory / "metrics.json"
-    if not metrics.exists():
+    result = finished(config, directory)
+    if result is None:
         directory.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(directory / ".lock", timeout=0):
                 torch.set_num_threads(config.threads)
                 result = _Run(config, directory).train(show_progress)
-                write_atomic(metrics, (json.dumps(result, indent=2) + "\n").encode())
+                write_atomic(directory / "metrics.json", (json.dumps(result, indent=2) + "\n").encode())
                 (directory / "checkpoint.pt").unlink(missing_ok=True)
         except Timeout:
             raise ValueError(
                 f"{directory} is in use by another process: wait for it, or choose another --out"
             ) from None
-    finished: dict[str, Any] = json.loads(metrics.read_text())
-    return finished
+    return result
 
 
 class _Run:
@@ -94,14 +62,12 @@ class _Run:
         self.config, self.directory, self.method = config, directory, METHODS[config.method]
         self.stream = build_stream(config)
         self.recorder = Recorder(config, self.stream)
-        config.save(directory / "config.json")  # not before it is known to work
         torch.manual_seed(derive(config.seed, "weights"))
         _, channels, side, _ = self.stream.tasks[0].train.images.shape
         self.model = SmallEncoder(channels, side).eval()
         self.teacher: SmallEncoder | None = None
         self.buffer = Buffer(config.buffer_size)
-        checkpoint = directory / "checkpoint.pt"
-        self.progress = Progress.load(checkpoint) if checkpoint.exists() else Progress()
+        self.progress = begin_or_resume(directory)
         if self.progress.model:
             self.model.load_state_dict(self.progress.model)
             self.buffer.load_state(self.progress.buffer)
@@ -116,6 +82,7 @@ class _Run:
             LossLogWriter(log, self._header(), resume=True, keep=progress.records) as writer,
             tqdm(total=total, desc=config.name, unit="epoch", disable=not show_progress) as bar,
         ):
+            self._warn_of_changes(writer.log.header.versions)
             bar.update(len(progress.objective))
             for task in range(progress.task, config.n_tasks + 1):
                 self._train_task(task, writer, bar)
@@ -154,6 +121,9 @@ class _Run:
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(config, epoch, epochs)
             terms = self._epoch(task, epoch, images, labels, current, optimizer)
+            with torch.no_grad():
+                embedding = self.model(images[: config.batch_size])
+            self._check_finite(_log_norm(embedding), *self.model.state_dict().values())
             progress.objective.append({"task": task, "epoch": epoch, **terms})
             progress.epoch, progress.optimizer = epoch + 1, optimizer.state_dict()
             progress.seconds += time.perf_counter() - start
@@ -195,11 +165,7 @@ class _Run:
         for batch in _batches(order, config.batch_size):
             views = torch.cat([random_affine(images[batch], augmentation) for _ in range(2)])
             loss, terms = self._loss(views, labels[batch].repeat(2), current[batch].repeat(2))
-            if not math.isfinite(loss.item()):
-                raise ValueError(
-                    f"the loss became {loss.item()} in task {task}, epoch {epoch + 1}: lower learning_rate "
-                    f"(now {config.learning_rate})"
-                )
+            self._check_finite(loss.detach())
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
@@ -215,11 +181,13 @@ class _Run:
         """
         config, weight, scale = self.config, self.progress.distill_weight, self.config.contrastive_scale
         z = self.model(views)
+        self._check_finite(_log_norm(z.detach()))
         ids = torch.arange(len(labels))
         teacher = None
         if self.teacher is not None and self.method.weight is not None:
             with torch.no_grad():
                 teacher = self.teacher(views)
+                self._check_finite(_log_norm(teacher))
         options: dict[str, Any] = {
             "query_label": labels,
             "key_label": labels,
@@ -242,6 +210,24 @@ class _Run:
             terms["distillation"] = result.distillation
         return scale * result.loss, terms
 
+    def _check_finite(self, *values: Tensor) -> None:
+        """Raises ValueError with the remedy if the run has diverged: before a checkpoint of it is saved."""
+        if not all(value.isfinite().all() for value in values):
+            task, epoch = self.progress.task, self.progress.epoch + 1
+            raise ValueError(
+                f"the run diverged (NaN, infinity or overflow) in task {task}, epoch {epoch}: lower learning_rate "
+                f"(now {self.config.learning_rate:g})"
+            )
+
+    def _warn_of_changes(self, begun_with: dict[str, str]) -> None:
+        changed = changes(begun_with, versions())
+        if changed:
+            tqdm.write(
+                f"warning: {self.directory} is resumed with other versions than it was begun with ({changed}): "
+                "its numbers may differ from those of a run of one version",
+                file=sys.stderr,
+            )
+
     def _probe(self, task: int) -> None:
         tests = [(seen.splits["test"], seen.classes) for seen in self.stream.tasks[:task]]
         probes = linear_probe(self.model, self._with_buffer(task), tests)
@@ -253,6 +239,9 @@ class _Run:
         return self.teacher.state_dict()
 
     def _save(self) -> None:
+        config_path = self.directory / "config.json"
+        if not config_path.exists():
+            self.config.save(config_path)
         self.progress.model = self.model.state_dict()
         self.progress.save(self.directory / "checkpoint.pt")
 
@@ -288,6 +277,11 @@ class _Run:
             "training_seconds": progress.seconds,
             "versions": versions(),
         }
+
+
+def _log_norm(embedding: Tensor) -> Tensor:
+    """Of each row: about 0, -inf where the encoder overflowed before it normalised, NaN where it gave NaN."""
+    return embedding.norm(dim=1).log()
 
 
 def _batches(order: Tensor, size: int) -> Iterator[Tensor]:

@@ -27,6 +27,17 @@ def versions() -> dict[str, str]:
     }
 
 
+def made_with(texts: dict[str, str]) -> str:
+    """The two versions that matter most, of a stored ``versions()``."""
+    return ", ".join(f"{name} {texts.get(name, 'unknown')}" for name in ("commit", "torch"))
+
+
+def changes(old: dict[str, str], new: dict[str, str]) -> str:
+    """Every entry that differs, as "name old -> new"; empty if none does."""
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name, 'unknown')} -> {new.get(name, 'unknown')}" for name in names)
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -38,8 +49,8 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Commit of this checkout, with "+" if files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    """Commit of this checkout, with "-dirty" if files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

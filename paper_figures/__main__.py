@@ -32,8 +32,9 @@ def main(names: tyro.conf.Positional[tuple[Name, ...]] = (), runs: Path = DATA, 
             for name in names or get_args(Name):
                 if name == "summary":
                     text = summary(study)
-                    write_atomic(out / f"{study.stream}-summary.md", text.encode())
-                    print(f"\n{text}")
+                    path = out / f"{study.stream}-summary.md"
+                    write_atomic(path, text.encode())
+                    print(f"{path}\n\n{text}")
                 else:
                     print(*save(FIGURES[name](study), out, f"{study.stream}-{name}"))
     except (OSError, ValueError, LookupError) as error:

@@ -36,19 +36,25 @@ class Study:
     def tasks(self) -> tuple[str, ...]:
         return self.any_run.log.header.tasks
 
+    @property
+    def seeds(self) -> set[int]:
+        """The numbers of seeds of the methods; one number if all have the same."""
+        return {len(runs) for runs in self.methods.values()}
+
+    def label(self, method: str) -> str:
+        """The method's name, with its number of seeds if that differs between methods."""
+        return f"{method} (n = {len(self.methods[method])})" if len(self.seeds) > 1 else method
+
 
 def load_studies(root: Path) -> list[Study]:
     """Every run below ``root`` that has both files, grouped by stream.
 
-    Raises ValueError if there is none, or if runs of one stream differ in more than method and seed (their mean would
-    mean nothing).
+    Raises ValueError if there is none, if a file is damaged or lacks something, or if runs of one stream differ in more
+    than method and seed (their mean would mean nothing).
     """
     streams: dict[str, dict[str, list[Run]]] = {}
     for metrics_path in sorted(root.glob("**/metrics.json")):
-        log_path = metrics_path.with_name("losses.jsonl")
-        if not log_path.exists():
-            raise ValueError(f"{log_path} is missing beside metrics.json: copy the whole run directory")
-        run = Run(metrics_path.parent, read_log(log_path), json.loads(metrics_path.read_text()))
+        run = _load(metrics_path)
         config = run.metrics["config"]
         same = streams.setdefault(config["stream"], {}).setdefault(config["method"], [])
         for other in same:
@@ -75,6 +81,34 @@ def load_studies(root: Path) -> list[Study]:
     return [Study(stream, methods) for stream, methods in streams.items()]
 
 
+def _load(metrics_path: Path) -> Run:
+    log_path = metrics_path.with_name("losses.jsonl")
+    if not log_path.exists():
+        raise ValueError(f"{log_path} is missing beside metrics.json: copy the whole run directory")
+    try:
+        metrics = json.loads(metrics_path.read_text())
+        if not (isinstance(metrics, dict) and {"config", "class_il"} <= metrics.keys()):
+            raise ValueError("it lacks config or class_il")
+    except ValueError as error:
+        raise ValueError(f"{metrics_path} is damaged ({error}): restore it, or train the run anew") from None
+    log = read_log(log_path)
+    try:
+        _check_complete(log)
+    except LookupError as error:
+        raise ValueError(f"{log_path}: {error}: restore it, or train the run anew") from None
+    return Run(metrics_path.parent, log, metrics)
+
+
+def _check_complete(log: LossLog) -> None:
+    """Raises LookupError if the log lacks a record that a figure needs."""
+    last = len(log.header.tasks)
+    for task in range(1, last + 1):
+        log.training(task)
+        log.test(last, task)
+        for past in range(1, task + 1):
+            log.measurement(task, past, "heldout")
+
+
 def _shared(run: Run) -> dict[str, Any]:
     """What runs must have in common for a mean over them to mean something."""
     config = {name: value for name, value in run.metrics["config"].items() if name not in ("method", "seed")}
@@ -82,7 +116,7 @@ def _shared(run: Run) -> dict[str, Any]:
 
 
 def mean_and_std(rows: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (divisor n - 1; 0 for n = 1) over seeds, the first axis."""
+    """Mean and standard deviation (divisor n - 1; NaN for n = 1, not drawn) over seeds, the first axis."""
     values = np.asarray(rows, dtype=np.float64)
-    spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
+    spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
     return values.mean(axis=0), spread

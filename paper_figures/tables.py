@@ -15,7 +15,7 @@ def summary(study: Study) -> str:
     bounds = [
         label for label in BOUND_STYLE if all(label in certificates(r) for m in study.methods.values() for r in m)
     ]
-    head = ["method", "measured", *bounds, "Theorem 1 form", "accuracy, %", "forgetting, %"]
+    head = ["method", "measured", *bounds, "Theorem 1 form", "accuracy, %", "forgetting, pp"]
     rows = []
     for method, runs in study.methods.items():
         found = [certificates(run) for run in runs]
@@ -25,7 +25,7 @@ def summary(study: Study) -> str:
             [certify(run.log, "theorem1").unclipped_total for run in runs],
             *([100.0 * run.metrics["class_il"][name] for run in runs] for name in ("average_accuracy", "forgetting")),
         ]
-        rows.append([method, *map(_cell, values)])
+        rows.append([study.label(method), *map(_cell, values)])
     geometry = study.any_run.log.geometry
     n = len(study.tasks)
     lines = [

@@ -1,0 +1,96 @@
+"""A run's directory: ``losses.jsonl``, the log that the bounds read; ``config.json``, from the first finished epoch on;
+``checkpoint.pt``, replaced after every epoch while unfinished; and ``metrics.json``, written last.
+
+What a crash leaves can be resumed. What it cannot leave, a damaged or missing file, is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cila_bound import read_log
+from cila_bound.files import write_atomic
+from experiments.config import RunConfig, read_json
+from experiments.versions import made_with
+
+
+@dataclass
+class Progress:
+    """Everything that a resumed run needs beside its configuration; plain numbers and tensors only."""
+
+    task: int = 1
+    epoch: int = 0
+    records: int = 0
+    distill_weight: float = 0.0
+    seconds: float = 0.0
+    buffer: list[list[int]] = field(default_factory=list)
+    class_il: list[list[float]] = field(default_factory=list)
+    task_il: list[list[float]] = field(default_factory=list)
+    objective: list[dict[str, Any]] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        content = io.BytesIO()
+        torch.save({name.name: getattr(self, name.name) for name in dataclasses.fields(self)}, content)
+        write_atomic(path, content.getvalue())
+
+    @staticmethod
+    def load(path: Path) -> Progress:
+        """Raises ValueError that names the file if it is no checkpoint."""
+        content = io.BytesIO(path.read_bytes())
+        try:
+            return Progress(**torch.load(content, weights_only=True))
+        except Exception as error:  # damaged bytes fail in torch in many ways
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{path} is damaged ({reason}): {_remedy(path)}") from None
+
+
+def finished(config: RunConfig, directory: Path) -> dict[str, Any] | None:
+    """What ``metrics.json`` holds, or None if the run is not finished.
+
+    Raises ValueError if the directory holds another run, or a file of a finished one is damaged or missing.
+    """
+    config.check_same(directory / "config.json")
+    metrics, log = directory / "metrics.json", directory / "losses.jsonl"
+    if not metrics.exists():
+        return None
+    if not log.exists():
+        raise ValueError(f"{log} of a finished run is missing: {_remedy(log)}")
+    return read_json(metrics)
+
+
+def finished_notice(directory: Path, metrics: dict[str, Any]) -> str:
+    """What to tell whoever asked for a run that is there already."""
+    return (
+        f"{directory} is finished already, made with {made_with(metrics.get('versions', {}))}: nothing was trained; "
+        "remove it to train anew"
+    )
+
+
+def begin_or_resume(directory: Path) -> Progress:
+    """The checkpoint of an unfinished run; without one a fresh start, and no log.
+
+    Raises ValueError if one of checkpoint and log is damaged or missing.
+    """
+    checkpoint, log = directory / "checkpoint.pt", directory / "losses.jsonl"
+    if checkpoint.exists():
+        if not log.exists():
+            raise ValueError(f"{log} of an unfinished run is missing: {_remedy(log)}")
+        return Progress.load(checkpoint)
+    if log.exists():
+        if read_log(log).records:
+            raise ValueError(f"{log} has records, but {checkpoint.name} or metrics.json is missing: {_remedy(log)}")
+        log.unlink()
+    return Progress()
+
+
+def _remedy(path: Path) -> str:
+    return f"restore it, or remove {path.parent} to train anew"
