@@ -212,6 +212,19 @@ def test_refuses_what_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None
         info_nce_distill(*(tensor.float() for tensor in tensors), **options, impl="triton")
 
 
+def test_gpu_report_runs_in_miniature() -> None:
+    """Its whole path on the CPU: correctness, rates and a line for every method, since nobody may have a GPU at hand."""
+    script = Path(__file__).parents[1] / "kernels" / "benchmarks" / "gpu_report.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, "--smoke"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "correctness: 3 cases, 0 wrong" in done.stdout
+    for method in ("triton", "naive", "triton, InfoNCE", "F.linear_cross_entropy, InfoNCE"):
+        assert f"| {method} | " in done.stdout
+    assert "failed" not in done.stdout
+
+
 COMPILE = """
 import sys
 from concurrent.futures import ProcessPoolExecutor

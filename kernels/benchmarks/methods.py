@@ -88,7 +88,7 @@ def reduced(impl: Any) -> Method:
 
 def linear_cross_entropy(problem: Problem) -> Tensor:
     """PyTorch's own chunked linear cross entropy: InfoNCE alone."""
-    from torch.nn.functional import LinearCrossEntropyOptions  # type: ignore[attr-defined]
+    from torch.nn import LinearCrossEntropyOptions
 
     query = problem.query / TEMPERATURES["temperature"]
     return functional.linear_cross_entropy(query, problem.key, problem.positive, options=LinearCrossEntropyOptions())

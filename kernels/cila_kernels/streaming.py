@@ -195,6 +195,7 @@ class _Sweep:
             self.teacher_key = problem.teacher_key.to(self.dtype)
             self.teacher_key_norm = torch.linalg.vector_norm(self.teacher_key, dim=1).max()
             self.buffers.append(self.key.new_empty(self.size, m))
+        self.scratch = self.key.new_empty(self.size, m) if len(self.buffers) > 2 or wanted[2] or wanted[3] else None
         self.wants_embeddings = wanted[0] or wanted[1]
         self.query_gradient = torch.empty_like(problem.query, dtype=self.dtype) if wanted[0] else None
         self.key_gradient = torch.zeros_like(self.key) if wanted[1] else None
@@ -214,15 +215,15 @@ class _Sweep:
             p = torch.sub(t, shift[:, None], out=spare).exp2_()
             p_sum = p.sum(dim=1)
             log_p = p_sum.log2() + shift
-            entropy = log_p - torch.linalg.vecdot(p, t) / p_sum
-            mean_p = torch.linalg.vecdot(p, x) / p_sum
+            entropy = log_p - self._row_dot(p, t) / p_sum
+            mean_p = self._row_dot(p, x) / p_sum
             t, spare = p, t
         slopes = self.wanted[2] or self.wanted[3]
         raw = x.clone() if slopes else x
         shift = _shift(x, x_bound, x_bound * max(self.ratio, 1.0))
         q = torch.sub(x, shift[:, None], out=spare).exp2_()
         q_sum = q.sum(dim=1)
-        mean_q = torch.linalg.vecdot(q, raw) / q_sum if slopes else None
+        mean_q = self._row_dot(q, raw) / q_sum if slopes else None
         statistics = _Statistics(q_sum.log2() + shift, mean_q)
         if t is None:
             return _Softmaxes(q, q_sum), statistics
@@ -230,10 +231,15 @@ class _Sweep:
         if self.ratio != 1.0:
             q_distill = torch.add(-self.ratio * shift[:, None], x, alpha=self.ratio, out=x).exp2_()
             q_distill_sum = q_distill.sum(dim=1)
-            mean_q_distill = torch.linalg.vecdot(q_distill, raw) / q_distill_sum if slopes else None
+            mean_q_distill = self._row_dot(q_distill, raw) / q_distill_sum if slopes else None
         log_q_distill = q_distill_sum.log2() + self.ratio * shift
         statistics = _Statistics(statistics.log_q, mean_q, log_q_distill, mean_q_distill, log_p, mean_p, entropy)
         return _Softmaxes(q, q_sum, q_distill, q_distill_sum, t, p_sum), statistics
+
+    def _row_dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """(rows,) products of rows, by way of a reused buffer: a fresh one would be paged in every time."""
+        assert self.scratch is not None
+        return torch.mul(a, b, out=self.scratch[: len(a)]).sum(dim=1)
 
     def recompute(self, rows: slice, statistics: _Statistics, upstream: _Upstream) -> _Softmaxes:
         """Normalised softmaxes of a block, as far as the upstream gradients need them."""
