@@ -213,7 +213,7 @@ def test_refuses_what_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_gpu_report_runs_in_miniature() -> None:
-    """Its whole path on the CPU: correctness, rates and a line for every method, since nobody may have a GPU at hand."""
+    """Its whole path on the CPU: correctness, rates and a line for every method."""
     script = Path(__file__).parents[1] / "kernels" / "benchmarks" / "gpu_report.py"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script, "--smoke"], capture_output=True, text=True, check=False

@@ -4,10 +4,10 @@
     python kernels/benchmarks/gpu_report.py --smoke   # the same path in miniature on a CPU, interpreted; writes nothing
 
 Where the project is not installed, PYTHONPATH=kernels in front. First every dtype is compared with float64; a wrong
-result makes the exit status 1. Then the card's matrix, exponential and copy rates are measured, and every method at every
-size: median and 20/80 % quantiles with the L2 cache flushed (triton.testing.do_bench), peak memory beyond the inputs, and
-the ratio to the floor at those rates. The most telling sizes come first; what time does not suffice for is written
-"not measured".
+result makes the exit status 1. Then the card's matrix, exponential and copy rates are measured, and every method at
+every size: median and 20/80 % quantiles with the L2 cache flushed (triton.testing.do_bench), peak memory beyond the
+inputs, and the ratio to the floor at those rates. The most telling sizes come first; what time does not suffice for is
+written "not measured".
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def seconds(call: Callable[[], Any]) -> list[float]:
 
 
 def measured_rates() -> dict[str, float]:
-    """bf16 products in operations/s, exponentials in numbers/s (of a kernel that does little else), copies in bytes/s."""
+    """bf16 products in operations/s, exponentials in numbers/s of a kernel that does little else, copies in bytes/s."""
     n = 64 if SMOKE else 8192
     a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
     x = torch.rand(n * n, device=DEVICE)
