@@ -227,23 +227,50 @@ def test_gpu_report_runs_in_miniature() -> None:
 
 COMPILE = """
 import sys
-from concurrent.futures import ProcessPoolExecutor
 sys.path.insert(0, "kernels/benchmarks")
 import resources
-work = [job for job in resources.jobs(("half", "tf32"), defaults_only=True) if job.capability == int(sys.argv[1])]
+capability = int(sys.argv[1])
+work = [job for job in resources.jobs(("half", "tf32"), defaults_only=True) if job.capability == capability]
 rows = [resources.compile_job(job) for job in work]
 assert len(rows) >= 18, len(rows)
 faults = [f"{row}: {', '.join(row.faults())}" for row in rows if row.faults()]
 assert not faults, faults
 """
+VARIANTS = """
+import sys
+sys.path.insert(0, "kernels/benchmarks")
+import resources
+from resources import Job
+none = {"TEACHER": False, "D_TEACHER": 0, "IDS": False}
+absent = dict.fromkeys(("teacher_query", "teacher_key", "query_id", "key_id"), None)
+absent_ab = dict.fromkeys(("teacher_a", "teacher_b", "a_id", "b_id"), None)
+for arithmetic in ("half",) if sys.argv[1] == "80" else ("half", "ieee"):
+    for kernel, of_keys, width, gone, sizes in (
+        ("statistics_kernel", False, 64, absent, ("N", "M")),
+        ("similarity_gradient_kernel", False, 256, absent, ("N", "M")),
+        ("gradient_kernel", False, 64, absent_ab, ("A", "B")),
+        ("gradient_kernel", True, 64, absent_ab, ("A", "B")),
+    ):
+        job = Job(kernel, of_keys, width, arithmetic, int(sys.argv[1]), 0, kernel == "statistics_kernel")
+        for changes in (
+            {**none, **gone, "SHARED": True},
+            {"IDS": False, "EVEN": True, **{name: None for name in gone if name.endswith("id")}},
+            {"SHARED": True, "D": width - 27, "D_TEACHER": 700},
+            {"SHARED": True, "EVEN": True, "D_TEACHER": 16},
+            *({name: 1} for name in sizes),
+        ):
+            resources.compile_job(job, **changes)
+"""
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_default_configurations_compile_without_spills(capability: int) -> None:
-    """Tensor-core instructions, registers and shared memory of every default configuration, for D of 64 to 1024."""
+@pytest.mark.parametrize("program", [COMPILE, VARIANTS], ids=["default configurations", "variants"])
+def test_kernels_compile_without_a_gpu(program: str, capability: int) -> None:
+    """Default configurations, D of 64 to 1024: tensor-core instructions, no spills, shared memory that fits. Variants:
+    no teacher, no ids, one temperature, odd and unequal widths, one row or key."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability)],
+        [sys.executable, "-W", "ignore", "-c", program, str(capability)],
         cwd=Path(__file__).parents[1],
         env=environment,
         capture_output=True,

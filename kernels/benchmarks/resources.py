@@ -94,15 +94,17 @@ def jobs(arithmetics: tuple[Arithmetic, ...] = ("half", "tf32", "ieee"), *, defa
     return found
 
 
-def compile_job(job: Job) -> Resources:
-    """Compiles one configuration; the driver is not needed."""
+def compile_job(job: Job, **changes: Any) -> Resources:
+    """Compiles one configuration; the driver is not needed. ``changes``: other constants of the kernel, or arguments
+    that are constant: None for a matrix that is absent, 1 for a size of 1, as Triton specialises them."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
     kernel: Any = getattr(_triton_kernels, job.kernel).fn
-    config = configurations(job.kernel, job.width, job.width, job.arithmetic, job.capability // 10)[job.choice]
+    width, teacher_width = (changes.get(name, job.width) for name in ("D", "D_TEACHER"))
+    config = configurations(job.kernel, width, teacher_width, job.arithmetic, job.capability // 10)[job.choice]
     constants = {
-        "D": job.width,
-        "D_TEACHER": job.width,
+        "D": width,
+        "D_TEACHER": teacher_width,
         "TEACHER": True,
         "IDS": True,
         "SHARED": False,
@@ -112,6 +114,7 @@ def compile_job(job: Job) -> Resources:
         "PRECISION": "tf32" if job.arithmetic == "tf32" else "ieee",
         "UPCAST": False,
         **config.kwargs,
+        **changes,
     }
     element = "bf16" if job.arithmetic == "half" else "fp32"
     signature, aligned = {}, {}

@@ -78,6 +78,7 @@ def measure(benchmark: BenchmarkFixture, name: str, method: Method, size: tuple[
     except (ImportError, AttributeError) as error:
         pytest.skip(f"{name} is not available: {error}")
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+    benchmark.extra_info["torch"] = torch.__version__
     benchmark.extra_info["peak_mebibytes"] = peak_mebibytes(name, *size, teacher)
 
 

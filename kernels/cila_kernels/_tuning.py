@@ -129,11 +129,12 @@ def launch(
     capability = torch.cuda.get_device_capability(first.device)[0] if first.device.type == "cuda" else 9
     name = kernel.fn.__name__
     choices = configurations(name, width, teacher_width, arithmetic, capability)
-    if not TUNED or len(choices) == 1:
-        kernel[grid](*arguments, **constants, **choices[0].all_kwargs())
-    else:
-        buckets = triton.next_power_of_2(first.shape[0]), triton.next_power_of_2(second.shape[0])
-        _tuned(kernel, name, width, teacher_width, arithmetic, capability, buckets)[grid](*arguments, **constants)
+    with torch.cuda.device_of(first):
+        if not TUNED or len(choices) == 1:
+            kernel[grid](*arguments, **constants, **choices[0].all_kwargs())
+        else:
+            buckets = triton.next_power_of_2(first.shape[0]), triton.next_power_of_2(second.shape[0])
+            _tuned(kernel, name, width, teacher_width, arithmetic, capability, buckets)[grid](*arguments, **constants)
 
 
 @cache
