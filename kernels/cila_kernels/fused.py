@@ -226,9 +226,9 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         )
     temperature, student_temperature = tensors[6:8]
     if wanted[6]:
-        d_temperature = (-torch.dot(upstream[0], statistics[5]) / temperature**2).to(temperature.dtype)
+        d_temperature = (-_dot(upstream[0], statistics[5]) / temperature**2).to(temperature.dtype)
     if wanted[7]:
-        d_student = (-torch.dot(upstream[1], statistics[6]) / student_temperature**2).to(student_temperature.dtype)
+        d_student = (-_dot(upstream[1], statistics[6]) / student_temperature**2).to(student_temperature.dtype)
     return (
         d_query if wanted[0] else None,
         d_key if wanted[1] else None,
@@ -237,6 +237,11 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         d_student,
         *(None,) * 4,
     )
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """In float64: one number from N terms of either sign."""
+    return torch.dot(a.double(), b.double())
 
 
 row_statistics.register_autograd(_backward, setup_context=_save)
