@@ -182,6 +182,7 @@ def test_error_is_no_worse_than_plain_pytorch(impl: Any, dtype: torch.dtype, sha
         assert (mine - reference).abs().max() <= allowed
 
 
+@pytest.mark.filterwarnings("ignore:query and key are one tensor")
 @pytest.mark.parametrize("impl", IN_FLOAT32)
 def test_confident_softmaxes_lose_no_digits(impl: Any) -> None:
     """At temperature 0.01 logits reach 100, whose exponential float32 cannot hold; losses near 0 stay accurate."""
@@ -377,7 +378,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "no positive for some": (LABELS, ValueError, "no key but itself has the label of rows 2, 3"),
     "unknown policy": ({"on_missing_positive": "skip"}, ValueError, "'error' or 'ignore', got 'skip'"),
-    "temperature zero": ({"temperature": 0.0}, ValueError, "temperature must be finite and > 0, got 0.0"),
+    "temperature zero": ({"temperature": 0.0}, ValueError, "temperature must be finite and at least 1e-30, got 0.0"),
     "temperature NaN": ({"student_temperature": math.nan}, ValueError, "student_temperature must be .* got nan"),
     "temperature text": ({"teacher_temperature": "low"}, TypeError, "teacher_temperature must be a float .* got 'low'"),
     "temperature vector": (
@@ -445,3 +446,17 @@ def test_not_unit_norm_warns_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(query=3 * torch.eye(4, 3) + torch.tensor([0, 0, 0, 1.0])[:, None])
+
+
+def test_rows_that_are_their_own_candidates_are_warned_of_once() -> None:
+    z = unit(torch.Generator().manual_seed(0), 6, 3)
+    ids, labels = torch.arange(6), torch.arange(6) // 2
+    given = {"query_label": labels, "key_label": labels, "temperature": 0.5}
+    _warned.clear()
+    with pytest.warns(UserWarning, match="every row is a candidate of itself") as caught:
+        info_nce_distill(z, z, **given)
+    assert caught[0].filename == __file__
+    info_nce_distill(z, z, **given)  # warnings are errors here
+    _warned.clear()
+    info_nce_distill(z, z, query_id=ids, key_id=ids, **given)
+    info_nce_distill(z, z.clone(), **given)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from cila_kernels import _tuning, fused, info_nce_distill, info_nce_distill_loss  # noqa: E402
+from cila_kernels import _operators, _tuning, fused, info_nce_distill, info_nce_distill_loss  # noqa: E402
 from cila_kernels._triton_kernels import gradient_kernel  # noqa: E402
 from tests.test_kernels import problem  # noqa: E402
 
@@ -70,8 +70,8 @@ def test_split_over_keys_merges_to_the_same(n: int, width: int, monkeypatch: pyt
     options["positive"] = torch.zeros(n, dtype=torch.int64)
     options["query_id"] = torch.full((n,), 7)
     options["key_id"] = torch.where(torch.arange(m) >= 3 * 1024, 7, torch.arange(m) + 100)
-    monkeypatch.setattr(fused, "_processors", lambda device: 132)
-    assert fused._split(n, m, tensors[0].device) == (4, 1024)
+    monkeypatch.setattr(_operators, "_processors", lambda device: 132)
+    assert _operators._split(n, m, tensors[0].device) == (4, 1024)
     check(run("triton", tensors, options), run("reference", tensors, options), torch.float32)
 
 
@@ -81,7 +81,7 @@ def test_workspace_of_few_rows_gives_the_same(dtype: torch.dtype, monkeypatch: p
     tensors, options = problem((70, 90, 200, 20), "label+id", dtype=torch.float32)
     tensors = [tensor.to(dtype) for tensor in tensors]
     whole = run("triton", tensors, options)
-    monkeypatch.setattr(fused, "_WORKSPACE_BYTES", 23 * 90 * tensors[0].element_size())
+    monkeypatch.setattr(_operators, "_WORKSPACE_BYTES", 23 * 90 * tensors[0].element_size())
     chunked = run("triton", tensors, options)
     for i, (one, many) in enumerate(zip(whole, chunked, strict=True)):
         epsilon = torch.finfo(dtype if i in (4, 5) else torch.float32).eps
@@ -117,7 +117,7 @@ def test_queue_keys_cost_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, options = problem((40, 50, 24, 20), "index", dtype=torch.float32)
     launched = []
     monkeypatch.setattr(
-        fused, "launch", lambda kernel, *rest: (launched.append((kernel, rest[4])), _tuning.launch(kernel, *rest))
+        _operators, "launch", lambda kernel, *rest: (launched.append((kernel, rest[4])), _tuning.launch(kernel, *rest))
     )
     query = tensors[0].requires_grad_()
     info_nce_distill(query, *tensors[1:], **options, impl="triton").contrastive.sum().backward()
@@ -138,7 +138,7 @@ def test_operators_keep_their_contract() -> None:
         torch.tensor(value, dtype=torch.float64, requires_grad=i < 2) for i, value in enumerate((0.5, 0.2, 0.1))
     ]
     arguments = (query, key, *tensors[2:], None, None, *temperatures, False, True, False)
-    torch.library.opcheck(fused.row_statistics, arguments)
+    torch.library.opcheck(_operators.row_statistics, arguments)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of a tensor that dynamo looks at on a graph break

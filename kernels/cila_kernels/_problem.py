@@ -17,6 +17,7 @@ from cila_kernels._positives import Group, Positives
 MissingPositive = Literal["error", "ignore"]
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SMALLEST_TEMPERATURE = 1e-30  # its inverse is a float32 number
 _SHOWN = 10  # rows named in an error
 
 
@@ -91,6 +92,8 @@ def prepare(
     query_label, key_label = _check_pair("query_label", query_label, n, "key_label", key_label, m, device)
     if (positive is None) == (query_label is None):
         raise ValueError("give the positives either as key indices (positive) or as labels (query_label and key_label)")
+    if query_id is None:
+        _check_candidates(query, key)
     exclusion = None
     if query_id is not None and key_id is not None:
         exclusion = Exclusion.of(query_id, key_id)
@@ -221,16 +224,25 @@ def _check_embeddings(query_name: str, query: Tensor, key_name: str, key: Tensor
             )
             if strict:
                 raise ValueError(message)
-            _warn_once(message)
+            _warn_once("unit-norm", message)
+
+
+def _check_candidates(query: Tensor, key: Tensor) -> None:
+    if query is key:
+        _warn_once(
+            "self",
+            "query and key are one tensor and no ids are given: every row is a candidate of itself; "
+            "pass query_id and key_id (for example torch.arange(N) twice) to exclude it",
+        )
 
 
 _warned: set[str] = set()
 
 
-def _warn_once(message: str) -> None:
-    """Once per process, whatever the norms."""
-    if "unit-norm" not in _warned:
-        _warned.add("unit-norm")
+def _warn_once(kind: str, message: str) -> None:
+    """Once per process and kind, whatever the values in the message."""
+    if kind not in _warned and not torch.compiler.is_compiling():
+        _warned.add(kind)
         warnings.warn(message, UserWarning, stacklevel=5)
 
 
@@ -247,8 +259,8 @@ def _check_temperature(name: str, value: float | Tensor, device: torch.device) -
         number, tensor = float(value), torch.tensor(float(value), dtype=torch.float64)
     else:
         raise TypeError(f"{name} must be a float or a 0-d float tensor, got {value!r}")
-    if not (math.isfinite(number) and number > 0.0):
-        raise ValueError(f"{name} must be finite and > 0, got {number!r}")
+    if not (math.isfinite(number) and number >= _SMALLEST_TEMPERATURE):
+        raise ValueError(f"{name} must be finite and at least {_SMALLEST_TEMPERATURE:g}, got {number!r}")
     return tensor.to(device)
 
 
