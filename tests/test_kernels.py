@@ -182,6 +182,29 @@ def test_error_is_no_worse_than_plain_pytorch(impl: Any, dtype: torch.dtype, sha
         assert (mine - reference).abs().max() <= allowed
 
 
+@pytest.mark.filterwarnings("ignore:.* is not unit-norm")
+@pytest.mark.parametrize("positives", ["index", "label"])
+@pytest.mark.parametrize("width", [32, 160])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", IN_FLOAT32)
+def test_gradients_near_the_optimum_keep_their_digits(
+    impl: Any, dtype: torch.dtype, width: int, positives: str
+) -> None:
+    """Every key is nearly its query and has nearly all of the softmax: 1 - q_pos must be taken before rounding."""
+    generator = torch.Generator().manual_seed(0)
+    query = unit(generator, 64, width)
+    key = functional.normalize(query + 0.2 * unit(generator, 64, width), dim=1).to(dtype)
+    query, numbers = query.to(dtype), torch.arange(64)
+    options = {"positive": numbers} if positives == "index" else {"query_label": numbers, "key_label": numbers}
+    gradients = []
+    for kind in ("reference", impl):
+        inputs = [(x.double() if kind == "reference" else x).clone().requires_grad_() for x in (query, key)]
+        loss = info_nce_distill(*inputs, **options, temperature=0.1, impl=kind).contrastive.sum()
+        gradients.append(torch.autograd.grad(loss, inputs))
+    for exact, ours in zip(*gradients, strict=True):
+        assert (ours.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+
+
 @pytest.mark.filterwarnings("ignore:query and key are one tensor")
 @pytest.mark.parametrize("impl", IN_FLOAT32)
 def test_confident_softmaxes_lose_no_digits(impl: Any) -> None:

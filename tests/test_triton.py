@@ -4,6 +4,7 @@ Shapes (N, M, D, D'): one row and one key; fewer than a block; more than a block
 too wide for registers, whose width is no multiple of a piece; a teacher wider than the student; widths of one block.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -137,7 +138,12 @@ def test_operators_keep_their_contract() -> None:
     temperatures = [
         torch.tensor(value, dtype=torch.float64, requires_grad=i < 2) for i, value in enumerate((0.5, 0.2, 0.1))
     ]
-    arguments = (query, key, *tensors[2:], None, None, *temperatures, False, True, False)
+    groups = torch.arange(9, dtype=torch.int32), torch.arange(13, dtype=torch.int32)
+    positive = (query.detach() * key.detach()[:9]).sum(1)
+    arguments = (
+        *(query, key, *tensors[2:], None, None, *groups, torch.ones(9, dtype=torch.int64), positive),
+        *(*temperatures, False, True, False),
+    )
     torch.library.opcheck(_operators.row_statistics, arguments)
 
 
@@ -160,17 +166,72 @@ def test_callers_can_be_compiled(impl: Any, positives: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.* is not unit-norm")
-def test_tiny_float16_gradients_do_not_underflow() -> None:
-    """Softmaxes over 2,048 keys and a mean over rows: products with float16 would lose what is below 6e-8."""
-    tensors, options = problem((64, 2048, 16, 8), "index", dtype=torch.float16)
+@pytest.mark.parametrize("width", [16, 160])
+def test_tiny_float16_gradients_do_not_underflow(width: int) -> None:
+    """G of single pairs is below 3e-8, which float16 rounds to 0; their sum over 2,048 keys is 500 times that."""
+    generator = torch.Generator().manual_seed(0)
+    key = torch.nn.functional.normalize(1.0 + 0.5 * torch.randn(2048, width, generator=generator), dim=1).half()
+    query = torch.nn.functional.normalize(torch.randn(64, width, generator=generator), dim=1).half()
     gradients = []
-    for kind in ("reference", "triton"):
-        query, key = (tensor.double() if kind == "reference" else tensor for tensor in tensors[:2])
-        key = key.clone().requires_grad_()
-        loss = info_nce_distill_loss(query, key, *(t.to(key.dtype) for t in tensors[2:]), **options, impl=kind).loss
-        gradients.append(torch.autograd.grad(2.0**16 * loss, key)[0].double())
+    for impl in ("reference", "triton"):
+        dtype = torch.float64 if impl == "reference" else torch.float16
+        q, k = query.to(dtype).requires_grad_(), key.to(dtype)
+        loss = info_nce_distill_loss(q, k, positive=torch.arange(64), temperature=0.5, impl=impl).loss
+        gradients.append(torch.autograd.grad(2.0**-11 * loss, q)[0].double())
     exact, ours = gradients
-    assert (ours - exact).norm() <= 2 * torch.finfo(torch.float16).eps * exact.norm()
+    assert (ours - exact).abs().max() <= 3 * 2.0**-24  # roundings of the result, itself float16 below its normal range
+    assert exact.abs().max() > 30 * 2.0**-24
+
+
+@pytest.mark.filterwarnings("ignore:.* is not unit-norm")
+@pytest.mark.parametrize("width", [64, 160])
+def test_backward_inside_autocast_keeps_float32(width: int) -> None:
+    tensors, options = problem((40, 50, width, 20), "index", dtype=torch.float32)
+    gradients = []
+    for enabled in (False, True):
+        query = tensors[0].clone().requires_grad_()
+        loss = info_nce_distill(query, *tensors[1:], **options, impl="triton").contrastive.sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            gradients += torch.autograd.grad(loss, query)
+    assert torch.equal(*gradients)
+
+
+def test_float32_products_of_a_wide_student_leave_the_users_setting() -> None:
+    tensors, options = problem((40, 50, 160, 20), "index", dtype=torch.float32)
+    query = tensors[0].requires_grad_()
+    loss = info_nce_distill(query, *tensors[1:], **options, impl="triton").contrastive.sum()
+    backend = torch.backends.cuda.matmul
+    before, backend.fp32_precision = backend.fp32_precision, "tf32"
+    try:
+        loss.backward()
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before
+
+
+def test_second_derivatives_are_refused() -> None:
+    tensors, options = problem((7, 11, 5, 3), "index", dtype=torch.float32)
+    query = tensors[0].requires_grad_()
+    loss = info_nce_distill(query, *tensors[1:], **options, impl="triton").contrastive.sum()
+    (gradient,) = torch.autograd.grad(loss, query, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        gradient.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.* is not unit-norm")
+def test_zero_upstream_gradients_give_zero() -> None:
+    tensors, options = problem((7, 11, 5, 3), "index", dtype=torch.float16)
+    query = tensors[0].requires_grad_()
+    (0.0 * info_nce_distill(query, *tensors[1:], **options, impl="triton").contrastive.sum()).backward()
+    assert query.grad is not None
+    assert query.grad.abs().max() == 0.0
+
+
+def test_float64_teacher() -> None:
+    tensors, options = problem((7, 11, 5, 3), "index", dtype=torch.float32)
+    wider = [*tensors[:2], *(tensor.double() for tensor in tensors[2:])]
+    for a, b in zip(*(info_nce_distill(*t, **options, impl="triton") for t in (tensors, wider)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_auto_is_streaming_on_a_cpu() -> None:
@@ -212,17 +273,23 @@ def test_refuses_what_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None
         info_nce_distill(*(tensor.float() for tensor in tensors), **options, impl="triton")
 
 
-def test_gpu_report_runs_in_miniature() -> None:
+def test_gpu_report_runs_in_miniature(tmp_path: Path) -> None:
     """Its whole path on the CPU: correctness, rates and a line for every method."""
     script = Path(__file__).parents[1] / "kernels" / "benchmarks" / "gpu_report.py"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, "--smoke"], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", script, "--smoke", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "correctness: 3 cases, 0 wrong" in done.stdout
     for method in ("triton", "naive", "triton, InfoNCE", "F.linear_cross_entropy, InfoNCE"):
         assert f"| {method} | " in done.stdout
     assert "failed" not in done.stdout
+    report = json.loads((tmp_path / "cpu.json").read_text())
+    assert all(case["correct"] for case in report["correctness"])
+    assert len(report["table"]) == done.stdout.count("| 48 x 64, 16 |")
 
 
 COMPILE = """

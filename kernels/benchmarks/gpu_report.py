@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,10 @@ from cila_kernels import info_nce_distill
 
 DEVICE = "cpu" if SMOKE else "cuda"
 DTYPE = torch.bfloat16
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESULTS = Path(__file__).parent / "results"
-SECONDS = 440.0  # for the table; correctness and rates come before
+START = time.monotonic()
+SECONDS = 430.0  # after this nothing new is measured
 SIZES = (
     [(48, 64, 16)]
     if SMOKE
@@ -65,32 +67,41 @@ COMPILED_WIDTHS = (128, 768)  # torch.compile of other sizes would take the repo
 
 
 def correctness() -> list[dict[str, Any]]:
-    """Losses and gradients of "triton" against float64, beside plain PyTorch in the same dtype: a list of errors."""
+    """Losses and gradients of "triton" against float64, beside "streaming" in the same dtype: a list of errors."""
+    cases = [
+        (dtype, size)
+        for dtype in DTYPES
+        for size in ([(48, 64, 16)] if SMOKE else [(1000, 1500, 100), (257, 700, 768)])
+    ]
+    if not SMOKE:
+        cases += [(torch.bfloat16, (1000, 1500, 128)), (torch.bfloat16, (64, 65536, 64))]
     found = []
-    shapes = [(48, 64, 16)] if SMOKE else [(1000, 1500, 128), (1000, 1500, 100), (257, 700, 768), (64, 65536, 64)]
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for n, m, width in shapes:
-            problem = Problem.of(n, m, width, dtype, DEVICE, teacher=True)
-            exact = _losses_and_gradients(problem, "reference")
-            ours = _losses_and_gradients(problem, "triton")
-            again = _losses_and_gradients(problem, "triton")
-            plain = _losses_and_gradients(problem, "streaming")
-            errors = [_error(mine, reference) for mine, reference in zip(ours, exact, strict=True)]
-            allowed = [
-                2.0 * _error(other, reference) + 16.0 * torch.finfo(torch.float32).eps
-                for other, reference in zip(plain, exact, strict=True)
-            ]
-            found.append(
-                {
-                    "dtype": str(dtype),
-                    "size": [n, m, width],
-                    "errors": errors,
-                    "allowed": allowed,
-                    "repeats": all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)),
-                    "correct": all(error <= limit for error, limit in zip(errors, allowed, strict=True)),
-                }
-            )
+    for dtype, size in cases:
+        entry: dict[str, Any] = {"dtype": str(dtype), "size": list(size)}
+        found.append(entry)
+        try:
+            entry |= _compare(Problem.of(*size, dtype, DEVICE, teacher=True))
+        except Exception as error:  # the other cases, and the table, are still worth having
+            entry |= {"correct": False, "failed": _described(error)}
     return found
+
+
+def _compare(problem: Problem) -> dict[str, Any]:
+    exact = _losses_and_gradients(problem, "reference")
+    ours, again = (_losses_and_gradients(problem, "triton") for _ in range(2))
+    plain = _losses_and_gradients(problem, "streaming")
+    errors = [_error(mine, reference) for mine, reference in zip(ours, exact, strict=True)]
+    allowed = [
+        2.0 * _error(other, reference) + 64.0 * torch.finfo(torch.float32).eps
+        for other, reference in zip(plain, exact, strict=True)
+    ]
+    repeats = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    right = all(error <= limit for error, limit in zip(errors, allowed, strict=True))
+    return {"errors": errors, "allowed": allowed, "repeats": repeats, "correct": right and repeats}
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
 
 
 def _losses_and_gradients(problem: Problem, impl: Any) -> list[Tensor]:
@@ -179,39 +190,36 @@ def _backward_seconds(loss: Tensor, inputs: tuple[Tensor, Tensor]) -> list[float
         return None
 
 
-def table(rates: Rates) -> list[dict[str, Any]]:
-    end = time.monotonic() + SECONDS
-    found = []
+def table(rates: Rates) -> Iterator[dict[str, Any]]:
+    """One entry per size and method; what fails is an entry too."""
     for n, m, width in SIZES:
         for name, (method, teacher) in METHODS.items():
             entry: dict[str, Any] = {"size": [n, m, width], "method": name, "teacher": teacher}
-            found.append(entry)
             if method is compiled_naive and (SMOKE or width not in COMPILED_WIDTHS):
                 entry["skipped"] = "not measured"
-                continue
-            if time.monotonic() > end:
+            elif time.monotonic() - START > SECONDS:
                 entry["skipped"] = "not measured: out of time"
-                continue
-            try:
-                entry |= measure(method, Problem.of(n, m, width, DTYPE, DEVICE, teacher=teacher))
-            except torch.OutOfMemoryError:
-                entry["skipped"] = "out of memory"
-            except ImportError as error:
-                entry["skipped"] = f"not installed: {error.name}"
-            except Exception as error:  # a peer that fails is a line of the table, not the report's end
-                if name.startswith("triton"):
-                    raise
-                entry["skipped"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
-            if "both" in entry:
-                for mode in ("forward", "backward", "both"):
-                    if entry[mode] is None:
-                        continue
-                    entry[f"{mode}_of_floor"] = entry[mode][0] / rates.floor(n, m, width, mode, teacher=teacher)
-                    entry[f"{mode}_tflops"] = operations(n, m, width, mode, teacher=teacher) / entry[mode][0] / 1e12
-            print(_line(entry), flush=True)
+            else:
+                entry |= _entry(method, n, m, width, teacher, rates)
+            yield entry
             if not SMOKE:
                 torch.cuda.empty_cache()
-    return found
+
+
+def _entry(method: Method, n: int, m: int, width: int, teacher: bool, rates: Rates) -> dict[str, Any]:
+    try:
+        entry = measure(method, Problem.of(n, m, width, DTYPE, DEVICE, teacher=teacher))
+    except torch.OutOfMemoryError:
+        return {"skipped": "out of memory"}
+    except ImportError as error:
+        return {"skipped": f"not installed: {error}"}
+    except Exception as error:  # a method that fails is a line of the table, not the report's end
+        return {"skipped": f"failed: {_described(error)}"}
+    for mode in ("forward", "backward", "both"):
+        if entry[mode] is not None:
+            entry[f"{mode}_of_floor"] = entry[mode][0] / rates.floor(n, m, width, mode, teacher=teacher)
+            entry[f"{mode}_tflops"] = operations(n, m, width, mode, teacher=teacher) / entry[mode][0] / 1e12
+    return entry
 
 
 HEADER = (
@@ -235,17 +243,15 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def conditions() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
     return {
-        "device": platform.processor() if SMOKE else torch.cuda.get_device_name(),
+        "device": "CPU" if SMOKE else torch.cuda.get_device_name(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit or "unknown",
+        "commit": commit.strip(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
@@ -253,32 +259,38 @@ def conditions() -> dict[str, Any]:
     }
 
 
+def save(report: dict[str, Any], folder: Path) -> None:
+    """Both files, complete after every entry: a run that is cut short leaves what it had."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = report["conditions"]["device"].lower().replace(" ", "-")
+    title = ", ".join(f"{name} {value}" for name, value in report["conditions"].items())
+    lines = [title, "", HEADER, *(_line(entry) for entry in report["table"])]
+    for suffix, text in (("json", json.dumps(report, indent=1)), ("md", "\n".join(lines))):
+        fresh = folder / f"{stem}.{suffix}.tmp"
+        fresh.write_text(text + "\n")
+        fresh.replace(folder / f"{stem}.{suffix}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, interpreted on a CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=None if SMOKE else RESULTS, help="folder of the results")
     options = parser.parse_args()
     if not SMOKE and not torch.cuda.is_available():
         print("gpu_report: no CUDA device is visible to PyTorch; --smoke runs without one", file=sys.stderr)
         return 2
-    report: dict[str, Any] = {"conditions": conditions(), "correctness": correctness()}
-    wrong = [case for case in report["correctness"] if not (case["correct"] and case["repeats"])]
+    report: dict[str, Any] = {"conditions": conditions(), "correctness": correctness(), "table": []}
+    wrong = [case for case in report["correctness"] if not case["correct"]]
     print(f"correctness: {len(report['correctness'])} cases, {len(wrong)} wrong", *wrong, sep="\n", flush=True)
-    rates = measured_rates()
-    report["rates"] = rates
-    print(", ".join(f"{name} {rate:.3g}/s" for name, rate in rates.items()), HEADER, sep="\n", flush=True)
-    report["table"] = table(Rates(rates["product"], rates["exponential"]))
-    if not SMOKE:
-        stem = report["conditions"]["device"].lower().replace(" ", "-")
-        options.out.mkdir(parents=True, exist_ok=True)
-        title = ", ".join(f"{name} {value}" for name, value in report["conditions"].items())
-        lines = [title, "", HEADER, *(_line(entry) for entry in report["table"])]
-        for suffix, text in (("json", json.dumps(report, indent=1)), ("md", "\n".join(lines))):
-            fresh = options.out / f"{stem}.{suffix}.tmp"
-            fresh.write_text(text + "\n")
-            fresh.replace(options.out / f"{stem}.{suffix}")
-        print(f"written to {options.out}/{stem}.json and .md")
-    return 1 if wrong else 0
+    report["rates"] = measured_rates()
+    print(", ".join(f"{name} {rate:.3g}/s" for name, rate in report["rates"].items()), HEADER, sep="\n", flush=True)
+    for entry in table(Rates(report["rates"]["product"], report["rates"]["exponential"])):
+        report["table"].append(entry)
+        print(_line(entry), flush=True)
+        if options.out is not None:
+            save(report, options.out)
+    broken = [e for e in report["table"] if e["method"].startswith("triton") and "failed" in e.get("skipped", "")]
+    return 1 if wrong or broken else 0
 
 
 if __name__ == "__main__":

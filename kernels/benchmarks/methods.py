@@ -58,12 +58,14 @@ def naive(problem: Problem) -> Tensor:
 
 
 @cache
-def _compiled_naive() -> Method:
-    return torch.compile(naive)
+def _compiled_naive(shapes: tuple[torch.Size | None, ...]) -> Method:
+    torch._dynamo.reset()
+    return torch.compile(naive, dynamic=False)
 
 
 def compiled_naive(problem: Problem) -> Tensor:
-    return _compiled_naive()(problem)
+    """Compiled for each size anew: one graph for all sizes would be slower."""
+    return _compiled_naive(tuple(None if x is None else x.shape for x in problem))(problem)
 
 
 def rows(impl: Any) -> Method:

@@ -127,7 +127,7 @@ def compile_job(job: Job, **changes: Any) -> Resources:
         elif name in ("scale", "terms") or (name == "out" and job.kernel != "similarity_gradient_kernel"):
             signature[name] = "*fp32"
         else:
-            signature[name] = "*i32" if name.endswith("_id") else f"*{element}"
+            signature[name] = "*i32" if name.endswith(("_id", "_group")) else f"*{element}"
         if signature[name] != "i32" or name == "SPLIT":
             aligned[(position,)] = [["tt.divisibility", 16]]
     names = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in kernel.arg_names}

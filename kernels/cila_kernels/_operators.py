@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cila_kernels._triton_kernels import gradient_kernel, similarity_gradient_kernel, statistics_kernel
 from cila_kernels._tuning import arithmetic_of, fits_registers, launch
@@ -33,6 +34,7 @@ _LN_2 = math.log(2.0)
 _WORKSPACE_BYTES = 2**28
 _SPLIT_MULTIPLE = 1024  # rows or keys of the smallest split: a multiple of every block
 _HALF_RANGE = 2.0**13  # G of float16 input is scaled up to this
+_SMALLEST_FACTOR = 2.0**-100  # what is scaled; smaller ones are 0 in float16 anyway
 
 
 @torch.library.custom_op("cila_kernels::row_statistics", mutates_args=())
@@ -43,6 +45,10 @@ def row_statistics(
     teacher_key: Tensor | None,
     query_id: Tensor | None,
     key_id: Tensor | None,
+    query_group: Tensor,
+    key_group: Tensor,
+    positive_count: Tensor,
+    positive: Tensor,
     temperature: Tensor,
     student_temperature: Tensor,
     teacher_temperature: Tensor,
@@ -50,10 +56,12 @@ def row_statistics(
     slopes: bool,
     allow_tf32: bool,
 ) -> Tensor:
-    """(7, N) float32, nats and similarities: logsumexp(s / tau_1), logsumexp(s / tau_2), mean of s under the teacher's
-    softmax p, logsumexp of the teacher's logits, entropy of p, means of s under the student's softmaxes (``slopes``).
+    """(8, N) float32, nats and similarities: logsumexp(s / tau_1), logsumexp(s / tau_2), mean of s under the teacher's
+    softmax p, logsumexp of the teacher's logits, entropy of p, means of s under the student's softmaxes (``slopes``),
+    and ``positive`` (N,), the mean of s over the positives, which only gains its gradient here: it belongs in G.
 
-    Contiguous inputs; ``shared``: both student temperatures are one; without a teacher all but 0 and 5 are 0.
+    Contiguous inputs; groups as of :meth:`Positives.numbers`, ``positive_count`` (N,) their numbers; ``shared``: both
+    student temperatures are one; without a teacher all but 0, 5 and 7 are 0.
     """
     n, m = query.shape[0], key.shape[0]
     splits, size = _split(n, m, query.device)
@@ -71,8 +79,9 @@ def row_statistics(
     top, total, total_x, distill, distill_x, top_t, total_t, cross, entropy = parts
     weight, log_total = _merge(top, total)
     to_similarity = 1.0 / scale[0]
-    out = query.new_zeros(7, n, dtype=torch.float32)
+    out = query.new_zeros(8, n, dtype=torch.float32)
     out[0] = log_total * _LN_2
+    out[7] = positive
     if slopes:
         out[5] = (weight * total_x).sum(0) * to_similarity
     if teacher_query is None:
@@ -93,7 +102,7 @@ def row_statistics(
 
 @row_statistics.register_fake
 def _(query: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(7, query.shape[0], dtype=torch.float32)
+    return query.new_empty(8, query.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("cila_kernels::embedding_gradients", mutates_args=())
@@ -104,6 +113,9 @@ def embedding_gradients(
     teacher_key: Tensor | None,
     query_id: Tensor | None,
     key_id: Tensor | None,
+    query_group: Tensor,
+    key_group: Tensor,
+    positive_count: Tensor,
     temperature: Tensor,
     student_temperature: Tensor,
     teacher_temperature: Tensor,
@@ -114,33 +126,34 @@ def embedding_gradients(
     of_key: bool,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in query (N, D) and key (M, D), in their dtype, from ``upstream`` (7, N) of the statistics; what is not
+    """Gradients in query (N, D) and key (M, D), in their dtype, from ``upstream`` (8, N) of the statistics; what is not
     asked for is empty."""
     scale = _scale(temperature, student_temperature, teacher_temperature)
-    terms = _row_terms(statistics, upstream, temperature, student_temperature, shared)
-    inverse: Tensor | float = 1.0
+    terms = _row_terms(statistics, upstream, positive_count, temperature, student_temperature, shared)
+    inverse = None
     if query.dtype == torch.float16:
-        exponent = torch.log2(terms[1::2].abs().sum(0).amax().clamp(min=torch.finfo(torch.float32).tiny)).ceil()
-        terms[1::2] *= _HALF_RANGE * torch.exp2(-exponent)
+        exponent = torch.log2(terms[3:].abs().sum(0).amax().clamp(min=_SMALLEST_FACTOR)).ceil()
+        terms[3:] *= _HALF_RANGE * torch.exp2(-exponent)
         inverse = torch.exp2(exponent) / _HALF_RANGE
     flags = {"IDS": query_id is not None, "SHARED": shared}
     gradients: list[Tensor | None] = [None, None]
     if fits_registers(query.shape[1], arithmetic_of(query.dtype, allow_tf32=allow_tf32)):
         for i, wanted in enumerate((of_query, of_key)):
             if wanted:
-                pairs = [(query, key), (teacher_query, teacher_key), (query_id, key_id)]
-                a, b, teacher_a, teacher_b, a_id, b_id = (x for pair in pairs for x in (pair[i], pair[1 - i]))
-                gradients[i] = _one_gradient(
-                    (a, b, teacher_a, teacher_b, a_id, b_id, scale, terms), {**flags, "OF_KEYS": i == 1}, allow_tf32
-                )
+                pairs = [(query, key), (teacher_query, teacher_key), (query_id, key_id), (query_group, key_group)]
+                sides = [side for pair in pairs for side in (pair[i], pair[1 - i])]
+                gradients[i] = _one_gradient((*sides, scale, terms), {**flags, "OF_KEYS": i == 1}, allow_tf32)
     else:
         gradients = _two_gradients(
-            (query, key, teacher_query, teacher_key, query_id, key_id, scale, terms),
+            (query, key, teacher_query, teacher_key, query_id, key_id, query_group, key_group, scale, terms),
             flags,
             (of_query, of_key),
             allow_tf32,
         )
-    d_query, d_key = (query.new_empty(0) if g is None else (g * inverse).to(query.dtype) for g in gradients)
+    d_query, d_key = (
+        query.new_empty(0) if g is None else (g if inverse is None else g.mul_(inverse)).to(query.dtype)
+        for g in gradients
+    )
     return d_query, d_key
 
 
@@ -158,23 +171,33 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors, output)
 
 
+@once_differentiable
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    *tensors, statistics = ctx.saved_tensors
+    *inputs, _, temperature, student_temperature, teacher_temperature, statistics = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     d_query = d_key = d_temperature = d_student = None
-    if wanted[0] or wanted[1]:
-        d_query, d_key = torch.ops.cila_kernels.embedding_gradients(
-            *tensors, ctx.shared, statistics, upstream.contiguous(), wanted[0], wanted[1], ctx.allow_tf32
-        )
-    temperature, student_temperature = tensors[6:8]
-    if wanted[6]:
-        d_temperature = (-_dot(upstream[0], statistics[5]) / temperature**2).to(temperature.dtype)
-    if wanted[7]:
-        d_student = (-_dot(upstream[1], statistics[6]) / student_temperature**2).to(student_temperature.dtype)
+    with torch.autocast(upstream.device.type, enabled=False):
+        if wanted[0] or wanted[1]:
+            d_query, d_key = torch.ops.cila_kernels.embedding_gradients(
+                *inputs,
+                temperature,
+                student_temperature,
+                teacher_temperature,
+                ctx.shared,
+                statistics,
+                upstream,
+                wanted[0],
+                wanted[1],
+                ctx.allow_tf32,
+            )
+        if wanted[10]:
+            d_temperature = (-_dot(upstream[0], statistics[5]) / temperature**2).to(temperature.dtype)
+        if wanted[11]:
+            d_student = (-_dot(upstream[1], statistics[6]) / student_temperature**2).to(student_temperature.dtype)
     return (
         d_query if wanted[0] else None,
         d_key if wanted[1] else None,
-        *(None,) * 4,
+        *(None,) * 8,
         d_temperature,
         d_student,
         *(None,) * 4,
@@ -229,7 +252,7 @@ def _two_gradients(
             allow_tf32,
         )
         g = workspace[: last - first]
-        with _float32_precision(allow_tf32):
+        with _float32_products(allow_tf32) if query.dtype == torch.float32 else contextlib.nullcontext():
             if d_query is not None:
                 d_query[first:last] = _product(g, key)
             if d_key is not None:
@@ -238,7 +261,7 @@ def _two_gradients(
 
 
 def _tiles(rows: int, columns: int, meta: dict[str, int]) -> tuple[int, int]:
-    return triton.cdiv(rows, meta["BLOCK_N"]), triton.cdiv(columns, meta["BLOCK_M"])
+    return triton.cdiv(columns, meta["BLOCK_M"]), triton.cdiv(rows, meta["BLOCK_N"])
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -249,13 +272,19 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _float32_precision(allow_tf32: bool) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
+def _float32_products(allow_tf32: bool) -> Iterator[None]:
+    """Library products of float32 matrices in TF32 or not, whatever the user set elsewhere."""
+    backend = torch.backends.cuda.matmul
+    value: str | bool = "tf32" if allow_tf32 else "ieee"
+    name = "fp32_precision"
+    if not hasattr(backend, name):  # before PyTorch 2.9
+        name, value = "allow_tf32", allow_tf32
+    before = getattr(backend, name)
+    setattr(backend, name, value)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setattr(backend, name, before)
 
 
 def _scale(temperature: Tensor, student_temperature: Tensor, teacher_temperature: Tensor) -> Tensor:
@@ -265,17 +294,21 @@ def _scale(temperature: Tensor, student_temperature: Tensor, teacher_temperature
 
 
 def _row_terms(
-    statistics: Tensor, upstream: Tensor, temperature: Tensor, student_temperature: Tensor, shared: bool
+    statistics: Tensor,
+    upstream: Tensor,
+    positive_count: Tensor,
+    temperature: Tensor,
+    student_temperature: Tensor,
+    shared: bool,
 ) -> Tensor:
-    """(6, N) float32: log2 of the three softmax sums, each followed by the factor of its softmax in G."""
-    terms = torch.empty(6, statistics.shape[1], dtype=torch.float32, device=statistics.device)
-    terms[0::2] = statistics[[0, 1, 3]] * _LOG2_E
-    terms[1] = upstream[0] / temperature
-    terms[3] = upstream[1] / student_temperature
-    terms[5] = upstream[2]
+    """(7, N) float32: log2 of the three softmax sums, the factors of the softmaxes in G, and that of a positive."""
+    contrastive, distill = upstream[0] / temperature, upstream[1] / student_temperature
     if shared:
-        terms[1] += terms[3]
-    return terms
+        contrastive = contrastive + distill
+    log_sums = [statistics[row] * _LOG2_E for row in (0, 1, 3)]
+    return torch.stack(
+        [*log_sums, contrastive, distill, upstream[2], upstream[7] / positive_count.clamp(min=1)]
+    ).float()
 
 
 def _merge(top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,15 +48,28 @@ def _numbers(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Positives:
-    """Positives of every row: one key by ``index`` (N,), or all keys of ``groups``. ``count`` (N,) is their number."""
+    """Positives of every row among ``keys`` keys: one by ``index`` (N,), or all of ``groups``. ``count`` (N,) is their
+    number."""
 
     index: Tensor | None
     groups: tuple[Group, ...]
     count: Tensor
+    keys: int
 
-    def mean_similarity(self, query: Tensor, key: Tensor) -> Tensor:
-        """(N,) mean over the row's positives of query . key, 0 for a row without any; differentiable, O((N + M) D)."""
+    def mean_similarity(self, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N,) mean over the row's positives of query . key in ``dtype``, 0 for a row without any; differentiable,
+        O((N + M) D)."""
+        query = query.to(dtype)
         if self.index is not None:
-            return torch.linalg.vecdot(query, key[self.index])
+            return torch.linalg.vecdot(query, key[self.index].to(dtype))
+        key = key.to(dtype)
         total = sum((group.sign * group.sums(key) for group in self.groups), torch.zeros_like(query))
         return torch.linalg.vecdot(query, total) / self.count.clamp(min=1)
+
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """int32 (N,) and (M,): equal where the key, unless it is excluded, is a positive of the query."""
+        if self.index is not None:
+            keys = torch.arange(self.keys, dtype=torch.int32, device=self.index.device)
+            return self.index.int(), keys
+        label = self.groups[0]
+        return label.query.int(), label.key.int()

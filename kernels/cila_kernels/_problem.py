@@ -111,7 +111,7 @@ def prepare(
         if exclusion is not None:
             groups.append(Group.of(-1, labels, (exclusion.query_id, exclusion.key_id)))
         count = torch.stack([group.sign * group.sizes() for group in groups]).sum(0)
-        positives = Positives(None, tuple(groups), count)
+        positives = Positives(None, tuple(groups), count, m)
         missing = positives.count == 0
         if needs_positive is not None:
             missing &= needs_positive
@@ -177,7 +177,7 @@ def _index_positives(index: Tensor, n: int, m: int, device: torch.device, exclus
         own = exclusion.query_id == exclusion.key_id[index]
         if found(own):
             raise ValueError(f"the positive key carries the row's own id, which excludes it, for {_rows(own)}")
-    return Positives(index, (), torch.ones_like(index))
+    return Positives(index, (), torch.ones_like(index), m)
 
 
 def _check_vector(name: str, value: Tensor, n: int, device: torch.device) -> Tensor:

@@ -164,33 +164,36 @@ def _candidates(column, M, EVEN: tl.constexpr):
 
 @triton.jit
 def _of_rows(terms, index: tl.constexpr, row, N, ALONG: tl.constexpr):
-    """Row term ``index`` of (6, N), as a column (ALONG 0) or a row (ALONG 1) of the tile; 0 outside."""
+    """Row term ``index`` of (7, N), as a column (ALONG 0) or a row (ALONG 1) of the tile; 0 outside."""
     return tl.expand_dims(tl.load(terms + index * N + row, mask=row < N, other=0.0), 1 - ALONG)
 
 
 @triton.jit
 def _gradient(
-    x, t, keep, ratio, terms, row, N,
+    x, t, keep, positive, ratio, terms, row, N,
     TEACHER: tl.constexpr, MASK: tl.constexpr, SHARED: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
-    """G of a tile: d loss / d similarity, from ``terms`` (6, N) float32: log2 of the softmax sums of x, ratio x and t,
-    each followed by the factor of its softmax. SHARED: the factor of ratio x is part of that of x."""
+    """G of a tile: d loss / d similarity, from ``terms`` (7, N) float32: log2 of the softmax sums of x, ratio x and t,
+    the factors of the three softmaxes, and that of a positive. SHARED: the factor of ratio x is part of that of x.
+    Positives are added before G is rounded: near the optimum they cancel almost all of it."""
     if MASK:
         x = tl.where(keep, x, EXCLUDED)
-    g = _of_rows(terms, 1, row, N, ALONG) * tl.exp2(x - _of_rows(terms, 0, row, N, ALONG))
+    g = _of_rows(terms, 3, row, N, ALONG) * tl.exp2(x - _of_rows(terms, 0, row, N, ALONG))
     if TEACHER:
         if not SHARED:
-            g += _of_rows(terms, 3, row, N, ALONG) * tl.exp2(ratio * x - _of_rows(terms, 2, row, N, ALONG))
+            g += _of_rows(terms, 4, row, N, ALONG) * tl.exp2(ratio * x - _of_rows(terms, 1, row, N, ALONG))
         if MASK:
             t = tl.where(keep, t, EXCLUDED)
-        g += _of_rows(terms, 5, row, N, ALONG) * tl.exp2(t - _of_rows(terms, 4, row, N, ALONG))
-    return g
+        g += _of_rows(terms, 5, row, N, ALONG) * tl.exp2(t - _of_rows(terms, 2, row, N, ALONG))
+    if MASK:
+        positive = positive & keep
+    return g + tl.where(positive, _of_rows(terms, 6, row, N, ALONG), 0.0)
 
 
 @triton.heuristics({"EVEN": lambda given: given["B"] % given["BLOCK_B"] == 0})
 @triton.jit
 def gradient_kernel(
-    a, b, teacher_a, teacher_b, a_id, b_id, scale, terms, out,
+    a, b, teacher_a, teacher_b, a_id, b_id, a_group, b_group, scale, terms, out,
     A, B, SPLIT,
     D: tl.constexpr, D_TEACHER: tl.constexpr,
     TEACHER: tl.constexpr, IDS: tl.constexpr, SHARED: tl.constexpr, OF_KEYS: tl.constexpr,
@@ -199,7 +202,8 @@ def gradient_kernel(
 ):  # fmt: skip
     """Gradient of a block of ``a`` (A, D) from ``SPLIT`` rows of ``b`` (B, D), into ``out`` (splits, A, D) float32.
 
-    ``a`` are the queries and ``b`` the keys, or with OF_KEYS the other way round; the whole width is one block.
+    ``a`` are the queries and ``b`` the keys, or with OF_KEYS the other way round; the whole width is one block. A pair
+    of equal groups is a positive.
     """
     own = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     split = tl.program_id(1)
@@ -209,6 +213,7 @@ def gradient_kernel(
         teacher_resident = _resident(teacher_a, own, A, D_TEACHER, BLOCK_D_TEACHER, UPCAST)
     if IDS:
         own_id = tl.load(a_id + own, mask=own < A, other=-1)
+    own_group = tl.load(a_group + own, mask=own < A, other=-1)
     gradient = tl.zeros((BLOCK_A, BLOCK_D), tl.float32)
 
     for start in range(split * SPLIT, tl.minimum(B, (split + 1) * SPLIT), BLOCK_B):
@@ -225,10 +230,11 @@ def gradient_kernel(
         if IDS:
             other_id = tl.load(b_id + other, mask=other < B, other=-2)
             keep = keep & (own_id[:, None] != other_id[None, :])
+        positive = own_group[:, None] == tl.load(b_group + other, mask=other < B, other=-2)[None, :]
         if OF_KEYS:
-            g = _gradient(x, t, keep, ratio, terms, other, B, TEACHER, IDS or not EVEN, SHARED, 1)
+            g = _gradient(x, t, keep, positive, ratio, terms, other, B, TEACHER, IDS or not EVEN, SHARED, 1)
         else:
-            g = _gradient(x, t, keep, ratio, terms, own, A, TEACHER, IDS or not EVEN, SHARED, 0)
+            g = _gradient(x, t, keep, positive, ratio, terms, own, A, TEACHER, IDS or not EVEN, SHARED, 0)
         g = g.to(b.dtype.element_ty)
         if UPCAST:
             g = g.to(tl.float32)
@@ -242,16 +248,17 @@ def gradient_kernel(
 @triton.heuristics({"EVEN": lambda given: given["M"] % given["BLOCK_M"] == 0})
 @triton.jit
 def similarity_gradient_kernel(
-    query, key, teacher_query, teacher_key, query_id, key_id, scale, terms, out,
+    query, key, teacher_query, teacher_key, query_id, key_id, query_group, key_group, scale, terms, out,
     N, M, FIRST, LAST,
     D: tl.constexpr, D_TEACHER: tl.constexpr,
     TEACHER: tl.constexpr, IDS: tl.constexpr, SHARED: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_TEACHER: tl.constexpr,
 ):  # fmt: skip
-    """G of the rows FIRST to LAST and all keys, into ``out`` (LAST - FIRST, M), in its dtype."""
-    row = FIRST + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """G of the rows FIRST to LAST and all keys, into ``out`` (LAST - FIRST, M), in its dtype. Keys are on the grid's
+    first axis, the one without a limit that matters."""
+    row = FIRST + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     scale_x, ratio, scale_t = tl.load(scale), tl.load(scale + 1), tl.load(scale + 2)
     q = _resident(query, row, N, D, BLOCK_D, UPCAST)
     x = scale_x * _similarities(q, query, row, N, key, column, M, BLOCK_N, BLOCK_M, D, BLOCK_D, PRECISION, UPCAST)
@@ -267,6 +274,8 @@ def similarity_gradient_kernel(
         own_id = tl.load(query_id + row, mask=row < N, other=-1)
         other_id = tl.load(key_id + column, mask=column < M, other=-2)
         keep = keep & (own_id[:, None] != other_id[None, :])
-    g = _gradient(x, t, keep, ratio, terms, row, N, TEACHER, IDS or not EVEN, SHARED, 0)
+    own_group = tl.load(query_group + row, mask=row < N, other=-1)
+    positive = own_group[:, None] == tl.load(key_group + column, mask=column < M, other=-2)[None, :]
+    g = _gradient(x, t, keep, positive, ratio, terms, row, N, TEACHER, IDS or not EVEN, SHARED, 0)
     out += (row - FIRST).to(tl.int64)[:, None] * M + column[None, :]
     tl.store(out, g.to(out.dtype.element_ty), mask=(row < LAST)[:, None] & (column < M)[None, :])

@@ -1,7 +1,9 @@
 """Block sizes of the Triton kernels, and their launch.
 
-Every configuration is free of register spills and fits in shared memory on its architecture; kernels/resources.md is
-the evidence and lists the instructions that result. The first of a list is the default.
+Every configuration is free of register spills and fits in shared memory on compute capability 8.0 and 9.0;
+kernels/resources.csv is the evidence and lists the instructions that result. The first of a list is the default. The
+choice by time may differ from run to run, and with it the order of sums: torch.use_deterministic_algorithms(True) keeps
+the default.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# kernel, arithmetic, whether an embedding is wider than 128 -> on compute capability 8.x, from 9.0 on
+# kernel, arithmetic, whether an embedding is wider than 128 -> (elsewhere, on compute capability 9.x and 10.x)
 _BLOCKS: dict[tuple[str, Arithmetic, bool], tuple[tuple[Blocks, ...], tuple[Blocks, ...]]] = {
     ("statistics_kernel", "half", False): (
         (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
@@ -45,7 +47,7 @@ _BLOCKS: dict[tuple[str, Arithmetic, bool], tuple[tuple[Blocks, ...], tuple[Bloc
     ("statistics_kernel", "ieee", True): ((Blocks(64, 64, 8, 2),), (Blocks(64, 64, 8, 2),)),
     ("gradient_kernel", "half", False): (
         (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2)),
-        (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2)),
+        (Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
     ),
     ("gradient_kernel", "half", True): ((Blocks(64, 32, 8, 2),), (Blocks(64, 64, 8, 2),)),
     ("gradient_kernel", "tf32", False): ((Blocks(64, 32, 8, 2),), (Blocks(64, 32, 8, 2),)),
@@ -54,7 +56,7 @@ _BLOCKS: dict[tuple[str, Arithmetic, bool], tuple[tuple[Blocks, ...], tuple[Bloc
     ("gradient_kernel", "ieee", True): ((Blocks(32, 32, 4, 2),), (Blocks(32, 32, 4, 2),)),
     ("similarity_gradient_kernel", "half", True): (
         (Blocks(64, 128, 8, 3), Blocks(64, 64, 4, 3)),
-        (Blocks(128, 128, 8, 4), Blocks(128, 64, 8, 4)),
+        (Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 4)),
     ),
     ("similarity_gradient_kernel", "tf32", True): ((Blocks(64, 64, 8, 3),), (Blocks(128, 64, 8, 3),)),
     ("similarity_gradient_kernel", "ieee", False): ((Blocks(64, 64, 8, 2),), (Blocks(64, 64, 8, 2),)),
@@ -95,9 +97,10 @@ def configurations(
         "BLOCK_D": padded(width) if kernel == "gradient_kernel" else block(width),
         "BLOCK_D_TEACHER": block(teacher_width),
     }
+    large = capability in (9, 10)  # shared memory: 227 KiB a block; 12.x has 99
     return tuple(
         triton.Config({a: blocks.rows, b: blocks.columns, **pieces}, num_warps=blocks.warps, num_stages=blocks.stages)
-        for blocks in _BLOCKS[kernel, arithmetic, wide][capability >= 9]
+        for blocks in _BLOCKS[kernel, arithmetic, wide][large]
     )
 
 
@@ -130,7 +133,7 @@ def launch(
     name = kernel.fn.__name__
     choices = configurations(name, width, teacher_width, arithmetic, capability)
     with torch.cuda.device_of(first):
-        if not TUNED or len(choices) == 1:
+        if not TUNED or len(choices) == 1 or torch.are_deterministic_algorithms_enabled():
             kernel[grid](*arguments, **constants, **choices[0].all_kwargs())
         else:
             buckets = triton.next_power_of_2(first.shape[0]), triton.next_power_of_2(second.shape[0])

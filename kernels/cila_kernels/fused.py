@@ -28,13 +28,18 @@ def unavailable(problem: Problem) -> str | None:
 def row_losses(problem: Problem) -> RowLosses:
     """Per-row losses in float32, differentiable in query, key and the student's temperatures."""
     with torch.autocast(problem.query.device.type, enabled=False):
-        query, key = problem.query.contiguous(), problem.key.contiguous()
+        query, key = problem.query, problem.key
+        with torch.no_grad():  # row_statistics differentiates it
+            positive = problem.positives.mean_similarity(query, key, torch.float32)
         statistics = row_statistics(
-            query,
-            key,
-            None if problem.teacher_query is None else problem.teacher_query.contiguous(),
-            None if problem.teacher_key is None else problem.teacher_key.contiguous(),
+            query.contiguous(),
+            key.contiguous(),
+            _teacher(problem.teacher_query),
+            _teacher(problem.teacher_key),
             *((None, None) if problem.exclusion is None else problem.exclusion.numbers()),
+            *problem.positives.numbers(),
+            problem.positives.count,
+            positive,
             problem.temperature,
             problem.student_temperature,
             problem.teacher_temperature,
@@ -42,15 +47,14 @@ def row_losses(problem: Problem) -> RowLosses:
             problem.temperature.requires_grad or problem.student_temperature.requires_grad,
             problem.allow_tf32,
         )
-        log_sum, log_sum_distill, cross, log_sum_teacher, entropy, _, _ = statistics
+        log_sum, log_sum_distill, cross, log_sum_teacher, entropy, _, _, positive = statistics
         has_positive = problem.positives.count > 0
-        positive = problem.positives.mean_similarity(query.float(), key.float())
         contrastive = torch.where(has_positive, log_sum - positive / problem.temperature, 0.0)
         if problem.teacher_query is None or problem.teacher_key is None:
             return RowLosses(contrastive, None, None, None)
         with torch.no_grad():
             teacher_positive = problem.positives.mean_similarity(
-                problem.teacher_query.float(), problem.teacher_key.float()
+                problem.teacher_query, problem.teacher_key, torch.float32
             )
             teacher_contrastive = log_sum_teacher - teacher_positive / problem.teacher_temperature
         return RowLosses(
@@ -59,6 +63,13 @@ def row_losses(problem: Problem) -> RowLosses:
             entropy.detach(),
             torch.where(has_positive, teacher_contrastive, 0.0).detach(),
         )
+
+
+def _teacher(embedding: Tensor | None) -> Tensor | None:
+    """Contiguous, and no wider than float32."""
+    if embedding is None:
+        return None
+    return (embedding.float() if embedding.dtype == torch.float64 else embedding).contiguous()
 
 
 def reduced_loss(problem: Problem, contrastive_weight: Tensor, distill_weight: Tensor) -> tuple[Tensor, RowLosses]:

@@ -126,8 +126,8 @@ def info_nce_distill_loss(
 ) -> ReducedLoss:
     """contrastive[anchor_mask].mean() + (distill_weight * distillation).mean(), and the per-row terms.
 
-    The weights are known beforehand, so the gradients are formed in the forward pass and nothing is recomputed: cheaper
-    than reducing :func:`info_nce_distill`.
+    The weights are known beforehand, so "streaming" forms the gradients in the forward pass and recomputes nothing:
+    cheaper than reducing :func:`info_nce_distill`.
 
     Arguments beyond those of :func:`info_nce_distill`:
 

@@ -61,10 +61,11 @@ def reduced_loss(problem: Problem, contrastive_weight: Tensor, distill_weight: T
 
 
 def _differentiable(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What gradients flow to: query, key, the student's temperatures and s_pos."""
-    dtype = problem.compute_dtype
-    positive = problem.positives.mean_similarity(problem.query.to(dtype), problem.key.to(dtype))
-    return problem.query, problem.key, problem.temperature, problem.student_temperature, positive
+    """What gradients flow to: query, key, the student's temperatures and s_pos. The embeddings are in the compute
+    dtype: near the optimum the gradient by way of s_pos cancels most of the rest, before either is rounded."""
+    query, key = problem.query.to(problem.compute_dtype), problem.key.to(problem.compute_dtype)
+    positive = problem.positives.mean_similarity(query, key, problem.compute_dtype)
+    return query, key, problem.temperature, problem.student_temperature, positive
 
 
 class _Rows(torch.autograd.Function):
@@ -284,7 +285,7 @@ class _Sweep:
             return RowLosses(contrastive, None, None, None)
         assert statistics.log_q_distill is not None and statistics.mean_p is not None and statistics.entropy is not None
         teacher_positive = self.problem.positives.mean_similarity(
-            self.problem.teacher_query.to(self.dtype), self.teacher_key
+            self.problem.teacher_query, self.teacher_key, self.dtype
         )
         teacher_contrastive = statistics.log_p * _LN_2 - teacher_positive / self.problem.teacher_temperature.to(
             self.dtype
