@@ -227,11 +227,36 @@ def test_zero_upstream_gradients_give_zero() -> None:
     assert query.grad.abs().max() == 0.0
 
 
-def test_float64_teacher() -> None:
+def test_float64_teacher_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, options = problem((7, 11, 5, 3), "index", dtype=torch.float32)
     wider = [*tensors[:2], *(tensor.double() for tensor in tensors[2:])]
+    dtypes = set()
+    monkeypatch.setattr(
+        _operators, "launch", lambda kernel, *rest: (dtypes.add(rest[3].dtype), _tuning.launch(kernel, *rest))
+    )
     for a, b in zip(*(info_nce_distill(*t, **options, impl="triton") for t in (tensors, wider)), strict=True):
         assert torch.equal(a, b)
+    assert dtypes == {torch.float32}
+
+
+def test_ids_that_no_key_carries_exclude_nothing() -> None:
+    tensors, options = problem((7, 11, 5, 3), "index", dtype=torch.float32)
+    plain = info_nce_distill(*tensors, **options, impl="triton")
+    options |= {"query_id": 2 * torch.arange(7) + 1, "key_id": 2 * torch.arange(11)}
+    for a, b in zip(info_nce_distill(*tensors, **options, impl="triton"), plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_learnable_temperature_and_frozen_teacher_terms() -> None:
+    tensors, options = problem((40, 50, 16, 8), "index", dtype=torch.float32)
+    gradients = []
+    for impl in ("triton", "reference"):
+        student = torch.tensor(0.2, requires_grad=True)
+        rows = info_nce_distill(*tensors, **(options | {"student_temperature": student}), impl=impl)
+        assert not rows.teacher_entropy.requires_grad
+        assert not rows.teacher_contrastive.requires_grad
+        gradients += torch.autograd.grad(rows.distillation.sum(), student)
+    assert gradients[0].item() == pytest.approx(gradients[1].item(), rel=1e-5)
 
 
 def test_auto_is_streaming_on_a_cpu() -> None:
