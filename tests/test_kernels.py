@@ -401,6 +401,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "no positive for some": (LABELS, ValueError, "no key but itself has the label of rows 2, 3"),
     "unknown policy": ({"on_missing_positive": "skip"}, ValueError, "'error' or 'ignore', got 'skip'"),
+    "temperature without an inverse": ({"temperature": 1e-40}, ValueError, "at least 1e-30, got 1e-40"),
     "temperature zero": ({"temperature": 0.0}, ValueError, "temperature must be finite and at least 1e-30, got 0.0"),
     "temperature NaN": ({"student_temperature": math.nan}, ValueError, "student_temperature must be .* got nan"),
     "temperature text": ({"teacher_temperature": "low"}, TypeError, "teacher_temperature must be a float .* got 'low'"),

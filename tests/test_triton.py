@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from cila_kernels import _operators, _tuning, fused, info_nce_distill, info_nce_distill_loss  # noqa: E402
+from cila_kernels import _operators, _tuning, fused, info_nce_distill, info_nce_distill_loss, streaming  # noqa: E402
 from cila_kernels._triton_kernels import gradient_kernel  # noqa: E402
+from cila_kernels.loss import _module  # noqa: E402
 from tests.test_kernels import problem  # noqa: E402
 
 SHAPES = [(1, 1, 3, 2), (7, 11, 5, 3), (130, 257, 64, 32), (70, 90, 300, 20), (40, 150, 20, 160), (64, 128, 128, 128)]
@@ -265,6 +267,12 @@ def test_auto_is_streaming_on_a_cpu() -> None:
         *(info_nce_distill(*tensors, **options, impl=impl) for impl in ("auto", "streaming")), strict=True
     ):
         assert torch.equal(auto, streaming)
+
+
+def test_auto_leaves_float64_on_a_gpu_to_streaming() -> None:
+    cuda = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    for dtype, module in ((torch.float64, streaming), (torch.float32, fused)):
+        assert _module("auto", SimpleNamespace(query=cuda, compute_dtype=dtype)) is module
 
 
 def test_tuner_times_every_configuration_and_keeps_one(monkeypatch: pytest.MonkeyPatch) -> None:
