@@ -263,10 +263,10 @@ def test_one_learnable_temperature_and_frozen_teacher_terms() -> None:
 
 def test_auto_is_streaming_on_a_cpu() -> None:
     tensors, options = problem((9, 13, 6, 4), "index", dtype=torch.float32)
-    for auto, streaming in zip(
+    for auto, direct in zip(
         *(info_nce_distill(*tensors, **options, impl=impl) for impl in ("auto", "streaming")), strict=True
     ):
-        assert torch.equal(auto, streaming)
+        assert torch.equal(auto, direct)
 
 
 def test_auto_leaves_float64_on_a_gpu_to_streaming() -> None:
