@@ -189,7 +189,14 @@ def test_a_checkpoint_without_its_log_is_refused(tmp_path: Path, monkeypatch: py
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "experiments", "run", "--out", str(tmp_path), "--epochs-first", "10000"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background shells hand on "ignored"
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("**/checkpoint.pt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
