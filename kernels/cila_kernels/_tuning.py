@@ -130,20 +130,18 @@ def launch(
         "UPCAST": INTERPRETED,
     }
     capability = torch.cuda.get_device_capability(first.device)[0] if first.device.type == "cuda" else 9
-    name = kernel.fn.__name__
-    choices = configurations(name, width, teacher_width, arithmetic, capability)
+    choices = configurations(kernel.fn.__name__, width, teacher_width, arithmetic, capability)
     with torch.cuda.device_of(first):
         if not TUNED or len(choices) == 1 or torch.are_deterministic_algorithms_enabled():
             kernel[grid](*arguments, **constants, **choices[0].all_kwargs())
         else:
             buckets = triton.next_power_of_2(first.shape[0]), triton.next_power_of_2(second.shape[0])
-            _tuned(kernel, name, width, teacher_width, arithmetic, capability, buckets)[grid](*arguments, **constants)
+            _tuned(kernel, width, teacher_width, arithmetic, capability, buckets)[grid](*arguments, **constants)
 
 
 @cache
 def _tuned(
     kernel: Any,
-    name: str,
     width: int,
     teacher_width: int,
     arithmetic: Arithmetic,
@@ -152,6 +150,6 @@ def _tuned(
 ) -> Any:
     """A tuner for one kernel and one bucket of sizes; it times again for other flags and dtypes."""
     del buckets  # part of the key
-    choices = list(configurations(name, width, teacher_width, arithmetic, capability))
+    choices = list(configurations(kernel.fn.__name__, width, teacher_width, arithmetic, capability))
     flags = ["IDS", "SHARED", "TEACHER"] + [f for f in ("SLOPES", "OF_KEYS") if f in kernel.fn.arg_names]
     return triton.autotune(configs=choices, key=flags)(kernel)
