@@ -158,6 +158,6 @@ def _power(alpha: float, exponent: int) -> float:
 
 
 def _product(power: float, loss: float, gamma: float) -> float:
-    if loss == 0.0:
-        return 0.0
-    return math.inf if gamma == 0.0 else power * loss / gamma
+    if gamma == 0.0:
+        return math.inf  # even of a loss of 0, which is that of a term which was not trained on
+    return power * loss / gamma if loss else 0.0

@@ -1,23 +1,30 @@
-"""``python -m experiments run`` trains one method; ``sweep`` trains several with several seeds."""
+"""``python -m experiments``: ``run`` trains one method on one stream, ``sweep`` all that a file lists; ``fetch``
+downloads.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from experiments.config import RunConfig, SweepConfig
-from experiments.methods import MethodName
+from experiments.config import RunConfig
+from experiments.presets import preset
 
 
-def run(config: Annotated[RunConfig, tyro.conf.arg(name="")], out: Path = Path("runs")) -> int:
-    """Train one method on one stream with one seed, or resume it.
+def run(
+    config: Annotated[RunConfig, tyro.conf.arg(name="")], out: Path = Path("runs"), data_root: Path = Path("data")
+) -> int:
+    """Train one method on one stream with one seed, or resume it. --stream and --schedule set all other defaults.
 
     Args:
         config: the run.
         out: folder below which <stream>/<method>-seed<seed>/ is made.
+        data_root: folder with the datasets.
     """
     from experiments.directory import finished, finished_notice
     from experiments.train import run as train
@@ -25,44 +32,69 @@ def run(config: Annotated[RunConfig, tyro.conf.arg(name="")], out: Path = Path("
     directory = out / config.name
     result = finished(config, directory)
     if result is None:
-        result = train(config, directory)
+        result = train(config, directory, data_root=data_root)
     else:
         print(finished_notice(directory, result))
-    accuracy = result["class_il"]
-    average, forgotten = accuracy["average_accuracy"], accuracy["forgetting"]
-    print(f"average accuracy {average:.3f}, forgetting {forgotten:.3f} (linear probe, all classes)")
+    for name, values in result["accuracy"].items():
+        print(f"{name}: average accuracy {values['average_accuracy']:.3f}, forgetting {values['forgetting']:.3f}")
     print(f"log: {directory / 'losses.jsonl'}")
     return 0
 
 
 def sweep(
-    config: Annotated[SweepConfig, tyro.conf.arg(name="")],
-    methods: tuple[MethodName, ...] = ("cila-max", "co2l", "finetune"),
-    seeds: tuple[int, ...] = (0, 1, 2),
+    spec: tyro.conf.Positional[Path],
     jobs: int = 1,
     out: Path = Path("runs"),
+    data_root: Path = Path("data"),
+    scheduler: str = "",
 ) -> int:
-    """Train every method with every seed; finished runs are skipped, unfinished ones resumed, failed ones reported at
-    the end.
+    """Train every cell of a TOML file's grids; finished cells are skipped, unfinished ones resumed, failed ones are
+    reported at the end and tried again by the next call.
 
     Args:
-        config: everything but method and seed.
-        methods: methods to train.
-        seeds: one run of each method per seed.
-        jobs: runs at a time, each with config's threads.
+        spec: TOML file; docs/experiments.md describes it.
+        jobs: runs at a time on this machine, each with its own number of threads.
         out: folder below which <stream>/<method>-seed<seed>/ is made.
+        data_root: folder with the datasets.
+        scheduler: address of a Dask scheduler, to train on its workers instead, which must see the same folders.
     """
+    from experiments.sweep import load_spec
     from experiments.sweep import sweep as train_all
 
-    failures = train_all(config, methods, seeds, jobs, out)
+    failures = train_all(load_spec(spec), out, data_root=data_root, jobs=jobs, scheduler=scheduler)
     for name, reason in failures:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0
 
 
+def fetch(
+    dataset: tyro.conf.Positional[Literal["mnist", "cifar10", "tiny-imagenet"]], data_root: Path = Path("data")
+) -> int:
+    """Download a dataset from its official address, check it and unpack it.
+
+    Args:
+        dataset: which one.
+        data_root: folder for the datasets.
+    """
+    from experiments.fetch import fetch as download
+
+    print(download(dataset, data_root))
+    return 0
+
+
+def _defaults() -> RunConfig:
+    """The preset of the --stream and --schedule on the command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--stream", default="digits")
+    parser.add_argument("--schedule", default="full")
+    chosen, _ = parser.parse_known_args()
+    return preset(chosen.stream, chosen.schedule)
+
+
 def main() -> int:
     try:
-        status: int = tyro.extras.subcommand_cli_from_dict({"run": run, "sweep": sweep}, prog="python -m experiments")
+        commands: dict[str, Any] = {"run": partial(run, config=_defaults()), "sweep": sweep, "fetch": fetch}
+        status: int = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments")
         return status
     except (ValueError, OSError) as error:
         print(f"experiments: {error}", file=sys.stderr)

@@ -1,26 +1,134 @@
-"""Random views of small images: rotation, scale and shift, each sample its own, in one batched resampling."""
+"""Random views of batches of images, each sample with its own parameters, computed on the images' device.
+
+Parameters are drawn by the CPU's global generator, whatever the device: ``torch.manual_seed`` determines the views, and
+a GPU does not wait for them.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from kornia import augmentation
+from torch import Tensor, nn
 from torch.nn import functional
 
+AugmentationName = Literal["none", "small-affine", "mnist", "cifar10", "tiny-imagenet", "generic"]
 
-def random_affine(
-    images: Tensor, generator: torch.Generator, *, degrees: float = 15.0, scale: float = 0.15, shift: float = 0.125
-) -> Tensor:
-    """One view of each image (n, channels, height, width): uniform in +-degrees, 1 +- scale and +-shift (share of the
-    side).
+
+class Augmentation(nn.Module):
+    """Turns uint8 images (n, channels, side, side) into normalised float32 ones: ``(images / 255 - mean) / std``, with
+    one ``mean`` and ``std`` per channel.
+
+    - ``none``: nothing else.
+    - ``small-affine``: rotated by up to 15 degrees, scaled by 0.85 to 1.15, shifted by up to 1/8 of the side.
+    - ``mnist``: rotated by up to 15 degrees, a crop of 0.7 to 1 of the area.
+    - ``cifar10``: as SimCLR (Chen et al., 2020) on CIFAR-10: a crop of 0.2 to 1 of the area, mirrored, colours
+      jittered, grey.
+    - ``tiny-imagenet``: the same with a crop of 0.1 to 1, and blurred.
+    - ``generic``: for any number of channels: a crop of 0.5 to 1, mirrored, brightness and contrast jittered.
+
+    Raises ValueError for a ``mean`` and ``std`` of different lengths, and for colours of images that have none.
     """
-    n = images.shape[0]
-    unit = 2.0 * torch.rand(4, n, generator=generator, device=images.device) - 1.0
-    angle, zoom = unit[0] * math.radians(degrees), 1.0 + unit[1] * scale
-    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-    matrix = torch.stack(
-        [torch.stack([cos, -sin, 2 * shift * unit[2]], 1), torch.stack([sin, cos, 2 * shift * unit[3]], 1)], 1
-    )
-    grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
-    return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: AugmentationName, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std):
+            raise ValueError(f"mean has {len(mean)} channels, std {len(std)}: give one value of each per channel")
+        if name in ("cifar10", "tiny-imagenet") and len(mean) != 3:
+            raise ValueError(
+                f"the augmentation {name} jitters colours and needs 3 channels, not {len(mean)}: use generic"
+            )
+        self._side, self._window = side, _WINDOWS.get(name)
+        self._colour = _colour(name, side)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """One random view of each image; raises ValueError as ``plain``."""
+        view = self._unit(images)
+        if self._window is not None:
+            view = self._window.resample(view)
+        for change in self._colour:
+            view = change(view)
+        return (view - self.mean) / self.std
+
+    def plain(self, images: Tensor) -> Tensor:
+        """The images, normalised only.
+
+        Raises ValueError for images of another shape or type than those declared.
+        """
+        return (self._unit(images) - self.mean) / self.std
+
+    def _unit(self, images: Tensor) -> Tensor:
+        declared = (len(self.mean), self._side, self._side)
+        if images.dtype != torch.uint8 or images.shape[1:] != declared:
+            raise ValueError(
+                f"images are {images.dtype} of shape {tuple(images.shape)}: give uint8 ones of shape (n, "
+                f"{declared[0]}, {declared[1]}, {declared[2]}), or build the augmentation for theirs"
+            )
+        return images.float() / 255
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What part of an image a view shows: a rectangle of a random size and aspect (at most 4 : 3), wherever it fits,
+    and from there zoomed, shifted by a share of the side, rotated about its own centre and, every second, mirrored.
+
+    One resampling does it all; beyond the border the image's edge goes on.
+    """
+
+    degrees: float = 0.0
+    zoom: float = 0.0
+    shift: float = 0.0
+    smallest_area: float = 1.0
+    mirrored: bool = False
+
+    def resample(self, images: Tensor) -> Tensor:
+        n = len(images)
+        angle, zoom, aspect, mirror = 2 * torch.rand(4, n) - 1
+        place, shift = 2 * torch.rand(2, n, 2) - 1
+        area = 1 - (1 - self.smallest_area) * torch.rand(n)
+        log_aspect = aspect * (-area.log()).clamp(max=math.log(4 / 3))  # those with both sides within the image
+        sides = (torch.stack([log_aspect, -log_aspect], 1).exp() * area[:, None]).sqrt()
+        centre = place * (1 - sides) + 2 * self.shift * shift
+        width, height = (sides * (1 + self.zoom * zoom[:, None])).unbind(1)
+        if self.mirrored:
+            width = torch.where(mirror < 0, -width, width)
+        cos, sin = torch.cos(math.radians(self.degrees) * angle), torch.sin(math.radians(self.degrees) * angle)
+        rows = [torch.stack([cos * width, -sin * height], 1), torch.stack([sin * width, cos * height], 1)]
+        matrix = torch.cat([torch.stack(rows, 1), centre[:, :, None]], 2).to(images.device, non_blocking=True)
+        grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
+        return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+_WINDOWS: dict[AugmentationName, _Window] = {
+    "small-affine": _Window(degrees=15, zoom=0.15, shift=0.125),
+    "mnist": _Window(degrees=15, smallest_area=0.7),
+    "cifar10": _Window(smallest_area=0.2, mirrored=True),
+    "tiny-imagenet": _Window(smallest_area=0.1, mirrored=True),
+    "generic": _Window(smallest_area=0.5, mirrored=True),
+}
+
+
+def _colour(name: AugmentationName, side: int) -> tuple[nn.Module, ...]:
+    """In a tuple and so not submodules: kornia's modules draw on the device to which they are moved, and then ask it
+    what they drew.
+    """
+    match name:
+        case "none" | "small-affine" | "mnist":
+            return ()
+        case "generic":
+            return (augmentation.ColorJitter(0.4, 0.4, p=0.8),)
+    jitter = augmentation.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+    grey = augmentation.RandomGrayscale(p=0.2)
+    if name == "cifar10":
+        return jitter, grey
+    kernel = 2 * max(1, round(side / 20)) + 1
+    return jitter, grey, augmentation.RandomGaussianBlur(kernel, (0.1, 2.0), p=0.5)

@@ -1,5 +1,6 @@
-"""A run's directory: ``losses.jsonl``, the log that the bounds read; ``config.json``, from the first finished epoch on;
-``checkpoint.pt``, replaced after every epoch while unfinished; and ``metrics.json``, written last.
+"""A run's directory: ``losses.jsonl``, the log that the bounds read, and one for every further temperature or number of
+negatives; ``config.json``, from the first finished epoch on; ``checkpoint.pt``, replaced after every epoch while
+unfinished; and ``metrics.json``, written last.
 
 What a crash leaves can be resumed. What it cannot leave, a damaged or missing file, is refused by name.
 """
@@ -22,19 +23,23 @@ from experiments.versions import made_with
 
 @dataclass
 class Progress:
-    """Everything that a resumed run needs beside its configuration; plain numbers and tensors only."""
+    """Everything that a resumed run needs beside its configuration; plain numbers and tensors only.
+
+    ``task`` counts from 1, and is 0 during pre-training; ``logits`` are those of the buffered images, in its order.
+    """
 
     task: int = 1
     epoch: int = 0
     records: int = 0
-    distill_weight: float = 0.0
+    weights: list[float] = field(default_factory=list)
     seconds: float = 0.0
     buffer: list[list[int]] = field(default_factory=list)
-    class_il: list[list[float]] = field(default_factory=list)
-    task_il: list[list[float]] = field(default_factory=list)
+    logits: torch.Tensor | None = None
+    over_seen: list[list[float]] = field(default_factory=list)
+    over_own: list[list[float]] = field(default_factory=list)
     objective: list[dict[str, Any]] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
     teacher: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
@@ -47,10 +52,16 @@ class Progress:
         """Raises ValueError that names the file if it is no checkpoint."""
         content = io.BytesIO(path.read_bytes())
         try:
-            return Progress(**torch.load(content, weights_only=True))
+            return Progress(**torch.load(content, weights_only=True, map_location="cpu"))
         except Exception as error:  # damaged bytes fail in torch in many ways
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(f"{path} is damaged ({reason}): {_remedy(path)}") from None
+
+
+def log_names(config: RunConfig) -> list[str]:
+    """One log per geometry of the theory; the first is ``losses.jsonl``."""
+    further = [f"losses-temperature{g.temperature:g}-negatives{g.n_negatives}.jsonl" for g in config.geometries[1:]]
+    return ["losses.jsonl", *further]
 
 
 def finished(config: RunConfig, directory: Path) -> dict[str, Any] | None:
@@ -59,11 +70,10 @@ def finished(config: RunConfig, directory: Path) -> dict[str, Any] | None:
     Raises ValueError if the directory holds another run, or a file of a finished one is damaged or missing.
     """
     config.check_same(directory / "config.json")
-    metrics, log = directory / "metrics.json", directory / "losses.jsonl"
+    metrics = directory / "metrics.json"
     if not metrics.exists():
         return None
-    if not log.exists():
-        raise ValueError(f"{log} of a finished run is missing: {_remedy(log)}")
+    _check_logs(config, directory, "a finished run")
     return read_json(metrics)
 
 
@@ -75,21 +85,26 @@ def finished_notice(directory: Path, metrics: dict[str, Any]) -> str:
     )
 
 
-def begin_or_resume(directory: Path) -> Progress:
+def begin_or_resume(config: RunConfig, directory: Path) -> Progress:
     """The checkpoint of an unfinished run; without one a fresh start, and no log.
 
-    Raises ValueError if one of checkpoint and log is damaged or missing.
+    Raises ValueError if the checkpoint or a log is damaged or missing.
     """
-    checkpoint, log = directory / "checkpoint.pt", directory / "losses.jsonl"
+    checkpoint = directory / "checkpoint.pt"
     if checkpoint.exists():
-        if not log.exists():
-            raise ValueError(f"{log} of an unfinished run is missing: {_remedy(log)}")
+        _check_logs(config, directory, "an unfinished run")
         return Progress.load(checkpoint)
-    if log.exists():
+    for log in sorted(directory.glob("losses*.jsonl")):
         if read_log(log).records:
             raise ValueError(f"{log} has records, but {checkpoint.name} or metrics.json is missing: {_remedy(log)}")
         log.unlink()
-    return Progress()
+    return Progress(task=0 if config.pretrain_epochs else 1)
+
+
+def _check_logs(config: RunConfig, directory: Path, kind: str) -> None:
+    for name in log_names(config):
+        if not (directory / name).exists():
+            raise ValueError(f"{directory / name} of {kind} is missing: {_remedy(directory / name)}")
 
 
 def _remedy(path: Path) -> str:

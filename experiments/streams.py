@@ -1,25 +1,27 @@
-"""Task streams from arrays: class-incremental, and domain-incremental by rotation."""
+"""Task streams from datasets: class-incremental, domain-incremental by rotation, or by the dataset's task column."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from scipy.ndimage import rotate
 
 from experiments.config import RunConfig
-from experiments.datasets import Dataset, digits
+from experiments.datasets import Dataset, ImageData, load
 from experiments.seeds import numpy_rng
 
 SplitName = Literal["train", "heldout", "test"]
+Splits = dict[SplitName, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its classes and, per split, images (n, channels, height, width) and labels (n,).
+    """One task: its classes and, per split, images (n, channels, height, width) uint8 and labels (n,).
 
     ``name`` is the same for every seed; ``detail`` says what else was drawn for this one.
     """
@@ -36,10 +38,22 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskStream:
-    """Tasks in the order they arrive. ``kind`` says how accuracy is to be read."""
+    """Tasks in the order they arrive. ``kind`` says how accuracy is to be read; ``mean`` and ``std`` are those of the
+    channels of pixels / 255; ``pretrain`` are images set aside for pre-training.
+    """
 
     kind: Literal["class-incremental", "domain-incremental"]
     tasks: tuple[Task, ...]
+    n_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pretrain: Dataset | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        channels, height, width = self.tasks[0].train.images.shape[1:]
+        return channels, height, width
 
     def fingerprint(self) -> str:
         """SHA-256 over every image and label of every split, in order."""
@@ -47,18 +61,16 @@ class TaskStream:
         for task in self.tasks:
             for name, split in task.splits.items():
                 digest.update(f"{task.name}/{name}/{split.images.shape}".encode())
-                digest.update(split.images.astype("<f4").tobytes())
+                digest.update(np.ascontiguousarray(split.images).data)
                 digest.update(split.labels.astype("<i8").tobytes())
         return f"sha256:{digest.hexdigest()}"
 
 
-def split_by_class(
-    labels: np.ndarray, heldout: float, test: float, rng: np.random.Generator
-) -> dict[SplitName, np.ndarray]:
+def split_by_class(labels: np.ndarray, heldout: float, test: float, rng: np.random.Generator) -> Splits:
     """Indices of the three splits, drawn class by class with the given shares; each class has at least one sample in
     each.
 
-    Raises ValueError if a class has fewer than three samples.
+    Raises ValueError if a class (of a task, with a task column) has fewer than three samples.
     """
     parts: dict[SplitName, list[np.ndarray]] = {"heldout": [], "test": [], "train": []}
     for label in np.unique(labels):
@@ -76,62 +88,155 @@ def split_by_class(
 
 
 def class_incremental(
-    data: Dataset, n_tasks: int, splits: dict[SplitName, np.ndarray], order: Sequence[int] | None = None
-) -> TaskStream:
-    """The classes, in ``order`` (default: ascending), in ``n_tasks`` groups of equal size.
+    splits: dict[SplitName, Dataset], order: Sequence[int], n_tasks: int, names: Sequence[str]
+) -> tuple[Task, ...]:
+    """The classes, in ``order``, in ``n_tasks`` groups of equal size.
 
     Raises ValueError if the number of classes is no multiple of ``n_tasks``, or a task would have one class only (no
     negatives).
     """
-    classes = np.unique(data.labels).tolist() if order is None else list(order)
-    if len(classes) % n_tasks or len(classes) // n_tasks < 2:
-        legal = [n for n in range(1, len(classes) // 2 + 1) if len(classes) % n == 0]
+    if len(order) % n_tasks or len(order) // n_tasks < 2:
+        legal = [n for n in range(1, len(order) // 2 + 1) if len(order) % n == 0]
         raise ValueError(
-            f"n_tasks must split {len(classes)} classes into equal groups of at least 2: one of {legal}, got {n_tasks}"
+            f"n_tasks must split {len(order)} classes into equal groups of at least 2: one of {legal}, got {n_tasks}"
         )
     tasks = []
-    for group in np.split(np.asarray(classes), n_tasks):
-        chosen = {name: index[np.isin(data.labels[index], group)] for name, index in splits.items()}
-        parts: dict[SplitName, Dataset] = {
-            name: Dataset(data.images[index], data.labels[index]) for name, index in chosen.items()
-        }
-        tasks.append(Task("-".join(map(str, group.tolist())), tuple(group.tolist()), parts))
-    return TaskStream("class-incremental", tuple(tasks))
+    for position, group in enumerate(np.split(np.asarray(order), n_tasks), start=1):
+        parts = {name: _subset(split, np.isin(split.labels, group)) for name, split in splits.items()}
+        classes = [names[label] for label in group]
+        title = "-".join(classes) if len(classes) <= 3 else f"{position}: {classes[0]} ... {classes[-1]}"
+        tasks.append(Task(title, tuple(group.tolist()), parts))
+    return tuple(tasks)
 
 
-def domain_incremental(data: Dataset, angles: Sequence[float], splits: dict[SplitName, np.ndarray]) -> TaskStream:
+def domain_incremental(splits: dict[SplitName, Dataset], angles: Sequence[float]) -> tuple[Task, ...]:
     """All classes in every task, each task with its own rotation in degrees. An image is in the same split in every
     task.
     """
-    classes = tuple(np.unique(data.labels).tolist())
+    classes = tuple(np.unique(splits["train"].labels).tolist())
+    background = int(splits["train"].images.min())
     tasks = []
     for number, angle in enumerate(angles, start=1):
-        background = float(data.images.min())
-        images = rotate(data.images, angle, axes=(2, 3), reshape=False, order=1, cval=background).astype(np.float32)
-        parts: dict[SplitName, Dataset] = {
-            name: Dataset(images[index], data.labels[index]) for name, index in splits.items()
+        parts = {
+            name: split._replace(
+                images=rotate(split.images, angle, axes=(2, 3), reshape=False, order=1, cval=background)
+            )
+            for name, split in splits.items()
         }
         tasks.append(Task(f"rotation {number}", classes, parts, f"{angle:.6g} degrees"))
-    return TaskStream("domain-incremental", tuple(tasks))
+    return tuple(tasks)
 
 
-def build_stream(config: RunConfig) -> TaskStream:
-    """The configured stream; splits, and angles (uniform in [0, 180) degrees), depend on the seed alone.
+def by_task_column(
+    splits: dict[SplitName, Dataset], columns: dict[SplitName, np.ndarray], names: Sequence[str]
+) -> tuple[Task, ...]:
+    """One task per value of the dataset's task column. Raises ValueError if one has a single class (no negatives)."""
+    tasks = []
+    for number, title in enumerate(names):
+        parts = {name: _subset(split, columns[name] == number) for name, split in splits.items()}
+        classes = np.unique(parts["train"].labels)
+        for name, part in parts.items():
+            if len(classes) < 2 or not np.array_equal(np.unique(part.labels), classes):
+                raise ValueError(
+                    f"task {title!r} has training images of the classes {classes.tolist()} and {name} images of "
+                    f"{np.unique(part.labels).tolist()}: each task needs at least two classes, the same in every split"
+                )
+        tasks.append(Task(title, tuple(classes.tolist()), parts))
+    return tuple(tasks)
 
-    Raises ValueError if the stream cannot be split into ``n_tasks``, or if ``buffer_size`` would leave a past task
-    without a positive pair of each class, on which the log measures it.
+
+def build_stream(config: RunConfig, data_root: Path) -> TaskStream:
+    """The configured stream; splits, class order and angles (uniform in [0, 180) degrees) depend on the seed alone.
+
+    Raises ValueError if the dataset is missing or damaged, or cannot be split into ``n_tasks``.
     """
-    data = digits()
+    if not config.dataset:
+        raise ValueError("stream custom needs --dataset: the path of an .npz file or of an image folder")
+    data = load(config.dataset, data_root)
+    height, width = data.train.images.shape[2:]
+    if height != width:
+        raise ValueError(f"the images of {data.name} are {height} x {width}: cut or pad them to a square")
     rng = numpy_rng(config.seed, "split")
-    splits = split_by_class(data.labels, config.heldout_fraction, config.test_fraction, rng)
-    if config.stream == "digits":
-        stream = class_incremental(data, config.n_tasks, splits)
+    splits, columns = _split(config, data, rng)
+    splits, columns, aside = _set_aside(config, splits, columns, numpy_rng(config.seed, "pretraining"))
+    kind: Literal["class-incremental", "domain-incremental"] = "class-incremental"
+    if config.scenario == "class-incremental":
+        order: list[int] = np.unique(splits["train"].labels).tolist()
+        if config.class_order == "random":
+            order = numpy_rng(config.seed, "classes").permutation(order).tolist()
+        tasks = class_incremental(splits, order, config.n_tasks, data.class_names)
+    elif config.scenario == "rotations":
+        kind = "domain-incremental"
+        tasks = domain_incremental(splits, rng.uniform(0.0, 180.0, config.n_tasks).tolist())
     else:
-        stream = domain_incremental(data, rng.uniform(0.0, 180.0, config.n_tasks).tolist(), splits)
-    least = 2 * sum(len(task.classes) for task in stream.tasks[:-1])
-    if config.buffer_size < least:
-        raise ValueError(
-            f"buffer_size must be at least {least}, two images of each class of past tasks, got {config.buffer_size}: "
-            "every method probes and logs with it; the one that does not train on it is finetune"
+        tasks = by_task_column(splits, columns, data.task_names)
+        if len({task.classes for task in tasks}) == 1:
+            kind = "domain-incremental"
+    return TaskStream(kind, tasks, len(data.class_names), data.mean, data.std, aside)
+
+
+def _split(
+    config: RunConfig, data: ImageData, rng: np.random.Generator
+) -> tuple[dict[SplitName, Dataset], dict[SplitName, np.ndarray]]:
+    """The three splits, and the task number of each of their images.
+
+    Without an official test split all are drawn from the training images; with one it is shared by the other two.
+    """
+    if config.scenario == "task-column" and data.train_task is None:
+        raise ValueError(f"scenario task-column needs a task for each image, but {data.name} has none")
+    train_task = np.zeros(len(data.train.labels), np.int64) if data.train_task is None else data.train_task
+    train_groups = train_task * len(data.class_names) + data.train.labels
+    kept = _at_most(train_groups, config.train_per_class, rng)
+    train, train_task, train_groups = _subset(data.train, kept), train_task[kept], train_groups[kept]
+    if data.test is None:
+        index = split_by_class(train_groups, config.heldout_fraction, config.test_fraction, rng)
+        return (
+            {name: _subset(train, chosen) for name, chosen in index.items()},
+            {name: train_task[chosen] for name, chosen in index.items()},
         )
-    return stream
+    test_task = np.zeros(len(data.test.labels), np.int64) if data.test_task is None else data.test_task
+    test_groups = test_task * len(data.class_names) + data.test.labels
+    kept = _at_most(test_groups, config.test_per_class, rng)
+    test, test_task, test_groups = _subset(data.test, kept), test_task[kept], test_groups[kept]
+    share = config.heldout_fraction / (config.heldout_fraction + config.test_fraction)
+    halves: dict[SplitName, list[np.ndarray]] = {"heldout": [], "test": []}
+    for group in np.unique(test_groups):
+        members = rng.permutation(np.flatnonzero(test_groups == group))
+        for half, part in zip(halves.values(), np.split(members, [round(share * len(members))]), strict=True):
+            half.append(part)
+    splits: dict[SplitName, Dataset] = {"train": train}
+    columns: dict[SplitName, np.ndarray] = {"train": train_task}
+    for name, parts in halves.items():
+        chosen = np.sort(np.concatenate(parts))
+        splits[name], columns[name] = _subset(test, chosen), test_task[chosen]
+    return splits, columns
+
+
+def _set_aside(
+    config: RunConfig,
+    splits: dict[SplitName, Dataset],
+    columns: dict[SplitName, np.ndarray],
+    rng: np.random.Generator,
+) -> tuple[dict[SplitName, Dataset], dict[SplitName, np.ndarray], Dataset | None]:
+    """Takes the images for pre-training out of the training split."""
+    if not config.pretrain_fraction:
+        return splits, columns, None
+    train = splits["train"]
+    aside = np.zeros(len(train.labels), bool)
+    for label in np.unique(train.labels):
+        members = rng.permutation(np.flatnonzero(train.labels == label))
+        aside[members[: round(config.pretrain_fraction * len(members))]] = True
+    rest: dict[SplitName, Dataset] = {**splits, "train": _subset(train, ~aside)}
+    return rest, {**columns, "train": columns["train"][~aside]}, _subset(train, aside)
+
+
+def _at_most(groups: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices of at most ``count`` random members of each group, in order; of all if ``count`` is 0."""
+    if not count:
+        return np.arange(len(groups))
+    chosen = [rng.permutation(np.flatnonzero(groups == group))[:count] for group in np.unique(groups)]
+    return np.sort(np.concatenate(chosen))
+
+
+def _subset(data: Dataset, index: np.ndarray) -> Dataset:
+    return Dataset(data.images[index], data.labels[index])

@@ -25,15 +25,18 @@ class Tuples:
     n_effective: int
 
 
-def draw_tuples(labels: np.ndarray, n_negatives: int, rounds: int, rng: np.random.Generator) -> Tuples:
-    """``rounds`` times: shuffle the samples and cut them into disjoint tuples, anchor classes in turn.
+def draw_tuples(
+    labels: np.ndarray, n_negatives: int, rounds: int, rng: np.random.Generator, *, limit: int = 1_000_000
+) -> Tuples:
+    """``rounds`` times: shuffle the samples and cut them into disjoint tuples, ``limit`` at most, anchor classes in
+    turn. A class with a single sample has negatives only.
 
     Within a round the tuples are independent, and the mean over rounds is no worse than the mean of one (Hoeffding
     1963, section 5), so the mean is worth the tuples of one round: ``n_effective``.
 
     Raises ValueError if not even one tuple can be formed.
     """
-    drawn = [_one_round(labels, n_negatives, rng) for _ in range(rounds)]
+    drawn = [_one_round(labels, n_negatives, rng, limit) for _ in range(rounds)]
     size = min(map(len, drawn))
     if size == 0:
         raise ValueError(
@@ -43,10 +46,11 @@ def draw_tuples(labels: np.ndarray, n_negatives: int, rounds: int, rng: np.rando
     return Tuples(np.array([row for part in drawn for row in part[:size]], dtype=np.int64), size)
 
 
-def _one_round(labels: np.ndarray, n_negatives: int, rng: np.random.Generator) -> list[list[int]]:
+def _one_round(labels: np.ndarray, n_negatives: int, rng: np.random.Generator, limit: int) -> list[list[int]]:
     pools = {int(label): rng.permutation(np.flatnonzero(labels == label)).tolist() for label in np.unique(labels)}
     tuples: list[list[int]] = []
-    for own in itertools.cycle(rng.permutation(list(pools)).tolist()):
+    anchors = [label for label, members in pools.items() if len(members) > 1]
+    for own in itertools.islice(itertools.cycle(rng.permutation(anchors).tolist()), limit):
         others = [label for label in pools if label != own]
         if len(pools[own]) < 2 or sum(len(pools[label]) for label in others) < n_negatives:
             break
@@ -70,8 +74,10 @@ class TupleLosses(NamedTuple):
     teacher_miss_probability: np.ndarray | None = None
 
     def statistics(self) -> dict[str, Any]:
-        """The fields of a Measurement: a Statistic each, or None."""
-        return {name: None if value is None else Statistic.of(value) for name, value in self._asdict().items()}
+        """The fields of a Measurement: a Statistic each, to ten digits, or None."""
+        return {
+            name: None if value is None else _rounded(Statistic.of(value)) for name, value in self._asdict().items()
+        }
 
     def per_tuple(self) -> TupleValues | None:
         """What the pointwise bound needs, to eight digits: a tenth of the log instead of most of it."""
@@ -79,6 +85,10 @@ class TupleLosses(NamedTuple):
             return None
         short = [tuple(float(f"{value:.8g}") for value in values) for values in (self.teacher_contrastive, self.drift)]
         return TupleValues(*short)
+
+
+def _rounded(statistic: Statistic) -> Statistic:
+    return Statistic(float(f"{statistic.mean:.10g}"), float(f"{statistic.variance:.6g}"))
 
 
 def tuple_losses(embedding: Tensor, teacher: Tensor | None, tuples: Tuples, geometry: Geometry) -> TupleLosses:

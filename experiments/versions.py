@@ -22,6 +22,7 @@ def versions() -> dict[str, str]:
         "scikit-learn": sklearn.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": str(torch.get_num_threads()),
         "commit": _commit(),
     }

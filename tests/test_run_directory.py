@@ -1,7 +1,6 @@
 """What a run directory goes through: finished, taken up by other versions, diverged, damaged, interrupted."""
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -12,12 +11,11 @@ import pytest
 
 from cila_bound import read_log
 from experiments import __main__ as command_line
-from experiments import directory, train, versions
-from experiments.config import RunConfig, SweepConfig
-from experiments.sweep import sweep
+from experiments import directory, train, trainer, versions
+from experiments.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
-TINY = RunConfig(n_tasks=2, epochs_first=2, epochs=1, buffer_size=20, tuple_rounds=2)
+TINY = RunConfig(n_tasks=5, epochs_first=2, epochs=1, buffer_size=40, tuple_rounds=2, max_tuples=20, probe_epochs=2)
 
 
 class StopError(Exception):
@@ -51,8 +49,6 @@ def test_a_finished_run_is_announced_with_its_versions(tmp_path: Path, capsys: p
     assert command_line.run(TINY, tmp_path) == 0
     shown = capsys.readouterr().out
     assert notice in shown and "nothing was trained" in shown and "average accuracy" in shown
-    assert sweep(TINY, [TINY.method], [0], 1, tmp_path) == []
-    assert notice in capsys.readouterr().out
 
 
 def test_a_finished_run_without_its_log_is_refused(tmp_path: Path) -> None:
@@ -60,8 +56,6 @@ def test_a_finished_run_without_its_log_is_refused(tmp_path: Path) -> None:
     (tmp_path / TINY.name / "losses.jsonl").unlink()
     with pytest.raises(ValueError, match=r"losses.jsonl of a finished run is missing: restore it, or remove"):
         train.run(TINY, tmp_path / TINY.name, show_progress=False)
-    with pytest.raises(ValueError, match=r"losses.jsonl of a finished run is missing"):
-        sweep(TINY, [TINY.method], [0], 1, tmp_path)
 
 
 def test_lost_metrics_do_not_overwrite_the_log(tmp_path: Path) -> None:
@@ -100,7 +94,7 @@ def test_a_start_without_a_checkpoint_leaves_no_versions_behind(
         raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Run, "_epoch", crash)
+        patch.setattr(trainer.TaskTrainer, "epoch", crash)
         with pytest.raises(StopError):
             train.run(TINY, tmp_path, show_progress=False)
     newer = versions.versions() | {"torch": "99.0"}
@@ -142,15 +136,14 @@ def test_a_diverging_run_says_so_and_can_be_retried(learning_rate: float, batch_
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An infinite weight that no embedding shows: behind a rectifier."""
-    epoch = train._Run._epoch
+    step = trainer.TaskTrainer._step
 
-    def break_after_epoch_2(self: train._Run, *arguments: object) -> dict[str, float | None]:
-        terms = epoch(self, *arguments)
-        if self.progress.epoch == 1:
+    def break_in_epoch_2(self: trainer.TaskTrainer, result: trainer.Loss, number: int) -> None:
+        step(self, result, number)
+        if number == 1:
             self.model.encoder[1].bias.data[:] = -float("inf")
-        return terms
 
-    monkeypatch.setattr(train._Run, "_epoch", break_after_epoch_2)
+    monkeypatch.setattr(trainer.TaskTrainer, "_step", break_in_epoch_2)
     with pytest.raises(ValueError, match=r"diverged .* in task 1, epoch 2: lower learning_rate \(now 0.01\)"):
         train.run(TINY, tmp_path, show_progress=False)
     assert directory.Progress.load(tmp_path / "checkpoint.pt").epoch == 1
@@ -205,18 +198,3 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 130, error
     assert "the same command resumes after the last finished epoch" in error
     assert "Traceback" not in error
-
-
-@pytest.mark.parametrize("flag", [["--method", "co2l"], ["--seed", "7"]])
-def test_sweep_has_no_option_for_one_run(flag: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments", "sweep", "--out", str(tmp_path), *flag]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
-    assert result.returncode == 2
-    assert flag[0] in result.stderr and f"{flag[0]}s" in result.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_sweep_trains_the_runs_that_run_trains() -> None:
-    """Same options in the same order, so that the logs are the same bytes."""
-    assert dataclasses.asdict(SweepConfig()) == dataclasses.asdict(RunConfig())
-    assert list(dataclasses.asdict(SweepConfig())) == list(dataclasses.asdict(RunConfig()))

@@ -1,0 +1,262 @@
+"""Task streams, the tuples drawn from them, and the rehearsal buffer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cila_bound import Geometry
+from experiments import streams
+from experiments.buffer import Buffer
+from experiments.config import RunConfig
+from experiments.datasets import Dataset, ImageData, load
+from experiments.presets import preset
+from experiments.streams import build_stream, split_by_class
+from experiments.tuples import draw_tuples, tuple_losses
+from tests.simulate import losses
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "no-data"  # digits need none
+DIGITS = load("digits", DATA).train
+TINY = RunConfig(n_tasks=5, buffer_size=40)
+ROTATED = dataclasses.replace(TINY, stream="rotated-digits", scenario="rotations")
+
+
+def test_splits_are_disjoint_and_complete() -> None:
+    labels = DIGITS.labels
+    splits = split_by_class(labels, 0.3, 0.2, np.random.default_rng(0))
+    together = np.concatenate(list(splits.values()))
+    assert sorted(together) == list(range(len(labels)))
+    for name, share in (("heldout", 0.3), ("test", 0.2)):
+        for label in range(10):
+            assert np.mean(labels[splits[name]] == label) * len(splits[name]) == pytest.approx(
+                share * np.sum(labels == label), abs=1
+            )
+
+
+def test_class_incremental_tasks_hold_their_classes_only() -> None:
+    stream = build_stream(TINY, DATA)
+    assert [task.classes for task in stream.tasks] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    for task in stream.tasks:
+        for split in task.splits.values():
+            assert set(split.labels.tolist()) == set(task.classes)
+
+
+def test_rotations_keep_an_image_in_its_split() -> None:
+    stream = build_stream(dataclasses.replace(ROTATED, n_tasks=3), DATA)
+    first, second = (task.splits for task in stream.tasks[:2])
+    for name in first:
+        assert np.array_equal(first[name].labels, second[name].labels)
+        assert first[name].images.shape == second[name].images.shape
+        assert not np.array_equal(first[name].images, second[name].images)
+
+
+def test_stream_depends_on_the_seed_alone() -> None:
+    same = build_stream(dataclasses.replace(TINY, method="co2l", epochs=7), DATA)
+    assert build_stream(TINY, DATA).fingerprint() == same.fingerprint()
+    assert build_stream(dataclasses.replace(TINY, seed=1), DATA).fingerprint() != same.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_tasks": 3}, "n_tasks must split 10 classes .* one of \\[1, 2, 5\\], got 3"),
+        ({"n_tasks": 10}, "one of \\[1, 2, 5\\], got 10"),
+        ({"dataset": ""}, "stream custom needs --dataset"),
+        ({"scenario": "task-column"}, "needs a task for each image, but digits has none"),
+    ],
+)
+def test_streams_refuse(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_stream(dataclasses.replace(TINY, **change), DATA)
+
+
+def test_a_class_too_small_to_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="class 1 has 2 samples"):
+        split_by_class(np.array([0, 0, 0, 1, 1]), 0.3, 0.3, np.random.default_rng(0))
+
+
+def test_random_class_order_is_a_permutation_that_the_seed_decides() -> None:
+    orders = [
+        [
+            label
+            for task in build_stream(dataclasses.replace(TINY, class_order="random", seed=seed), DATA).tasks
+            for label in task.classes
+        ]
+        for seed in (0, 0, 1)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == list(range(10))
+    assert orders[0] != list(range(10))
+
+
+@pytest.mark.parametrize("n_negatives", [1, 2, 5])
+@pytest.mark.parametrize("n_classes", [2, 10])
+def test_tuples_are_what_they_say(n_negatives: int, n_classes: int) -> None:
+    """Another sample of the anchor's class, K of other classes; disjoint within a round, anchor classes balanced."""
+    labels = np.repeat(np.arange(n_classes), 30)
+    tuples = draw_tuples(labels, n_negatives, 4, np.random.default_rng(0))
+    classes = labels[tuples.index]
+    assert (classes[:, 0] == classes[:, 1]).all()
+    assert (tuples.index[:, 0] != tuples.index[:, 1]).all()
+    assert (classes[:, 2:] != classes[:, :1]).all()
+    for part in np.split(tuples.index, 4):
+        assert len(part) == tuples.n_effective
+        assert len(np.unique(part)) == part.size
+        counts = np.bincount(labels[part[:, 0]], minlength=n_classes)
+        assert counts.max() - counts.min() <= 1
+    assert tuples.n_effective >= 0.5 * len(labels) / (n_negatives + 2)
+
+
+@pytest.mark.parametrize("labels", [[], [0, 1], [0, 0], [0, 0, 1]])
+def test_too_few_samples_for_a_tuple_are_refused(labels: list[int]) -> None:
+    with pytest.raises(ValueError, match="form no tuple of a positive pair and 2 negatives"):
+        draw_tuples(np.array(labels, dtype=np.int64), 2, 1, np.random.default_rng(0))
+
+
+def test_tuples_are_limited_and_single_samples_serve_as_negatives() -> None:
+    labels = np.array([0] * 40 + [1] * 40 + [2])
+    tuples = draw_tuples(labels, 1, 3, np.random.default_rng(0), limit=5)
+    assert (tuples.n_effective, len(tuples.index)) == (5, 15)
+    few = draw_tuples(np.array([0, 0, 1]), 1, 20, np.random.default_rng(0))
+    assert few.n_effective == 1
+    assert set(few.index[:, 2].tolist()) == {2}
+
+
+def test_tuple_losses_against_their_definitions() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 20)
+    tuples = draw_tuples(labels, 3, 2, rng)
+    embeddings = [torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(40, 5))), dim=1) for _ in range(2)]
+    result = tuple_losses(embeddings[0], embeddings[1], tuples, Geometry(0.2, 3))
+
+    def logits(embedding: np.ndarray) -> np.ndarray:
+        return np.array([[embedding[row[0]] @ embedding[j] / 0.2 for j in row[1:]] for row in tuples.index])
+
+    expected = losses(*(logits(embedding.numpy()) for embedding in embeddings))
+    for name, values in expected.items():
+        assert getattr(result, name) == pytest.approx(values, rel=1e-9, abs=1e-12), name
+
+
+def test_balanced_buffer_is_even_over_classes_and_a_shrinking_sample() -> None:
+    stream = build_stream(TINY, DATA)
+    buffer = Buffer(40)
+    for task in range(1, 6):
+        before = {past: list(kept) for past, kept in buffer.kept.items()}
+        buffer.add(stream, task, np.random.default_rng(task))
+        counts = np.concatenate([np.bincount(buffer.of_task(stream, past).labels) for past in range(1, task + 1)])
+        counts = counts[counts > 0]
+        assert len(counts) == 2 * task
+        assert counts.sum() == 40 and counts.max() - counts.min() <= 1
+        for past, kept in before.items():
+            assert set(buffer.kept[past]) <= set(kept)
+    copy = Buffer(40)
+    copy.load_state(buffer.state())
+    assert copy == buffer
+    assert len(buffer.pairs()) == 40
+
+
+def test_reservoir_keeps_every_image_seen_with_equal_probability() -> None:
+    stream = build_stream(dataclasses.replace(ROTATED, n_tasks=3, train_per_class=12), DATA)
+    size = len(stream.tasks[0].train.labels)
+    counts = np.zeros((3, size))
+    for seed in range(400):
+        buffer = Buffer(20, "reservoir")
+        for task in range(1, 4):
+            buffer.add(stream, task, np.random.default_rng([seed, task]))
+            assert len(buffer.pairs()) == len(set(buffer.pairs())) == 20
+        for task, index in buffer.pairs():
+            counts[task - 1, index] += 1
+    expected = 400 * 20 / (3 * size)
+    assert np.abs(counts.sum(1) / size - expected).max() < 4 * np.sqrt(expected / size)
+    statistic = ((counts - expected) ** 2 / expected).sum() / (1 - 20 / (3 * size))  # chi-square, without replacement
+    assert 0.5 * counts.size < statistic < 1.5 * counts.size
+
+
+def test_an_empty_buffer_keeps_nothing() -> None:
+    stream = build_stream(TINY, DATA)
+    for policy in ("balanced", "reservoir"):
+        buffer = Buffer(0, policy)
+        for task in (1, 2):
+            buffer.add(stream, task, np.random.default_rng(task))
+        assert buffer.pairs() == []
+        assert buffer.of_task(stream, 1).images.shape == (0, 1, 8, 8)
+
+
+def official(monkeypatch: pytest.MonkeyPatch) -> ImageData:
+    """The digits as if the last third were an official test split."""
+    data = load("digits", DATA)
+    data = dataclasses.replace(
+        data,
+        train=Dataset(data.train.images[:1200], data.train.labels[:1200]),
+        test=Dataset(data.train.images[1200:], data.train.labels[1200:]),
+    )
+    monkeypatch.setattr(streams, "load", lambda *_: data)
+    return data
+
+
+def test_fractions_divide_an_official_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training images are all trained on; held-out and test share the test images, class by class."""
+    data = official(monkeypatch)
+    assert data.test is not None
+    stream = build_stream(dataclasses.replace(TINY, heldout_fraction=0.1, test_fraction=0.3), DATA)
+    for task in stream.tasks:
+        own = np.isin(data.train.labels, task.classes)
+        assert np.array_equal(task.train.images, data.train.images[own])
+        heldout, test = task.splits["heldout"], task.splits["test"]
+        both = np.isin(data.test.labels, task.classes).sum()
+        assert len(heldout.labels) + len(test.labels) == both
+        assert len(heldout.labels) == pytest.approx(both / 4, abs=1)
+        assert not {image.tobytes() for image in heldout.images} & {image.tobytes() for image in test.images}
+    capped = build_stream(dataclasses.replace(TINY, train_per_class=30, test_per_class=20), DATA)
+    for task in capped.tasks:
+        assert np.bincount(task.train.labels)[list(task.classes)].tolist() == [30, 30]
+        assert len(task.splits["heldout"].labels) + len(task.splits["test"].labels) == 40
+
+
+def cells(path: Path, labels: list[str]) -> str:
+    """An .npz of two tasks of 60 images with the given labels, repeated."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (120, 8, 8), dtype=np.uint8)
+    np.savez(path, x=x, y=np.resize(labels, 120), task=np.repeat(["poly", "mono"], 60))
+    return str(path)
+
+
+def test_tasks_of_a_task_column(tmp_path: Path) -> None:
+    path = cells(tmp_path / "cells.npz", ["ok", "crack"])
+    config = dataclasses.replace(preset("custom"), dataset=path, scenario="task-column")
+    assert config.study == "custom-cells"
+    stream = build_stream(config, DATA)
+    assert stream.kind == "domain-incremental"
+    assert sorted(part.name for part in stream.tasks) == ["mono", "poly"]
+    with np.load(path) as data:
+        for part in stream.tasks:
+            images = sorted(image.tobytes() for split in part.splits.values() for image in split.images)
+            assert images == sorted(image.tobytes() for image in data["x"][data["task"] == part.name])
+
+
+def test_a_task_of_one_class_is_refused(tmp_path: Path) -> None:
+    path = cells(tmp_path / "cells.npz", ["ok"] * 60 + ["ok", "crack"] * 30)
+    with pytest.raises(ValueError, match=r"'poly' has training images of the classes .* needs at least two classes"):
+        build_stream(dataclasses.replace(preset("custom"), dataset=path, scenario="task-column"), DATA)
+
+
+def test_images_that_are_not_square_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "wide.npz", x=np.arange(960, dtype=np.uint8).reshape(20, 6, 8), y=np.arange(20) % 2)
+    with pytest.raises(ValueError, match=r"the images of .* are 6 x 8: cut or pad them"):
+        build_stream(dataclasses.replace(preset("custom"), dataset=str(tmp_path / "wide.npz"), n_tasks=1), DATA)
+
+
+def test_images_for_pretraining_are_used_for_nothing_else() -> None:
+    stream, whole = build_stream(dataclasses.replace(TINY, pretrain_fraction=0.5), DATA), build_stream(TINY, DATA)
+    assert stream.pretrain is not None
+    total = sum(len(task.train.labels) for task in whole.tasks)
+    assert len(stream.pretrain.labels) == pytest.approx(total / 2, abs=10)
+    rest: list[bytes] = [image.tobytes() for image in stream.pretrain.images]
+    for task, before in zip(stream.tasks, whole.tasks, strict=True):
+        assert np.array_equal(task.splits["heldout"].images, before.splits["heldout"].images)
+        rest += [image.tobytes() for image in task.train.images]
+    assert sorted(rest) == sorted(image.tobytes() for task in whole.tasks for image in task.train.images)
