@@ -32,7 +32,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.done
-	$(BIN)/python -m experiments sweep --methods cila-max co2l finetune --seeds 0 1 2 --jobs $(JOBS) --out $(DEMO)
+	$(BIN)/python -m experiments sweep experiments/specs/demo.toml --jobs $(JOBS) --out $(DEMO)
 	$(BIN)/cila-bound evaluate $(DEMO)/digits/cila-max-seed0/losses.jsonl
 	@echo; echo "The same of all runs, as JSON: $(DEMO)/certificates.jsonl"
 	@$(BIN)/cila-bound evaluate --json $(DEMO)/digits/*/losses.jsonl > $(DEMO)/certificates.jsonl

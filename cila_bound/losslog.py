@@ -4,9 +4,11 @@ docs/losslog.md.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,7 +130,7 @@ class LossLogWriter:
 
 
 def read_log(path: str | os.PathLike[str]) -> LossLog:
-    """Reads and validates a log.
+    """Reads and validates a log; a name ending in .gz is that of a gzip-compressed one.
 
     A last line without its newline that is no complete JSON object was torn by a crash: it is dropped with a
     LogWarning. Any other damage (bad JSON, missing or unknown field, NaN, a value out of its range, a duplicate
@@ -136,8 +138,8 @@ def read_log(path: str | os.PathLike[str]) -> LossLog:
     """
     log: LossLog | None = None
     path = Path(path)
-    with path.open("rb") as file:
-        for number, line, complete in _lines(file):
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line, complete in _lines(path, file):
             try:
                 record = from_json(_decode(line))
                 if log is None:
@@ -163,11 +165,14 @@ class _BadJsonError(ValueError):
     """Not JSON at all, as a torn line is."""
 
 
-def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
+def _lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
     """(line number, line, whether it ends in a newline); blank lines are passed over."""
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            yield number, line, line.endswith(b"\n")
+    try:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line, line.endswith(b"\n")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise LogError(f"{path} is no complete gzip file ({error}): compress the log again") from None
 
 
 def _encode(record: Header | Record) -> bytes:

@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -77,6 +78,7 @@ class _Run:
         n_classes = self.stream.n_classes if self.method.classifier else None
         self.model = build_model(config.model, self.stream.shape, width=config.width or None, n_classes=n_classes)
         self.model.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.embed: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
         self.buffer = Buffer(config.buffer_size, config.buffer)
         self.teacher: Snapshot | None = None
         self.progress = begin_or_resume(config, directory)
@@ -115,7 +117,9 @@ class _Run:
         if progress.epoch == 0 and task > 1 and self.method.weights:
             progress.weights = list(self.method.weights(writer.log, task, config))
         teacher = self.teacher.model if self.teacher else None
-        trainer = TaskTrainer(config, task, self.model, self._rows(task), self.augment, teacher, progress.weights)
+        trainer = TaskTrainer(
+            config, task, self.model, self.embed, self._rows(task), self.augment, teacher, progress.weights
+        )
         if progress.trainer:
             trainer.load_state(progress.trainer)
         for epoch in range(progress.epoch, trainer.epochs):

@@ -34,8 +34,9 @@ class Rows(NamedTuple):
 
 
 class TaskTrainer:
-    """One task's training of ``model``; task 0 is pre-training. ``teacher``: the frozen previous model, or None;
-    ``weights``: lambda for the rows of each of the tasks 1..task, empty without distillation.
+    """One task's training of ``model``; task 0 is pre-training. ``embed`` is the model, compiled or not; ``teacher``:
+    the frozen previous model, or None; ``weights``: lambda for the rows of each of the tasks 1..task, empty without
+    distillation.
     """
 
     def __init__(
@@ -43,13 +44,14 @@ class TaskTrainer:
         config: RunConfig,
         task: int,
         model: Model,
+        embed: Callable[[Tensor], Tensor],
         rows: Rows,
         augment: Augmentation,
         teacher: Model | None,
         weights: Sequence[float],
     ) -> None:
         self.config = config if task else dataclasses.replace(config, positives="view")
-        self.task, self.model, self.rows, self.augment = task, model, rows, augment
+        self.task, self.model, self.embed, self.rows, self.augment = task, model, embed, rows, augment
         self.method, self.weights = METHODS[config.method], weights
         self.teacher = teacher if weights else None
         self.epochs = epochs_of(config, task)
@@ -58,7 +60,6 @@ class TaskTrainer:
         )
         self.queue = KeyQueue(model, config.queue_size, config.queue_momentum) if config.queue_size else None
         self.device = rows.images.device
-        self._embed: Callable[[Tensor], Tensor] = torch.compile(model) if config.compile else model
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
         self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
@@ -98,7 +99,7 @@ class TaskTrainer:
         views, label = self._two_views(batch), self.rows.labels[batch].repeat(2)
         teacher = None
         with self._autocast:
-            embedding = self._embed(views)
+            embedding = self.embed(views)
             if self.teacher is not None:
                 with torch.no_grad():
                     teacher = self.teacher(views)

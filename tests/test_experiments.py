@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,18 @@ def test_every_option_runs_and_its_bounds_hold(change: dict[str, Any], tmp_path:
     assert all(name in metrics["variant"] for name in change if name in ("positives", "queue_size", "buffer_size"))
     assert "precision" not in metrics["variant"]
     assert set(metrics["accuracy"]) == ({"domain_il"} if "scenario" in change else {"class_il", "task_il"})
+
+
+def test_a_compiled_encoder_trains_as_the_plain_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured as a graph once; without the code generator, which takes a minute on a CPU."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    config = dataclasses.replace(TINY, n_tasks=2, method="co2l")
+    plain, compiled = (
+        train.run(dataclasses.replace(config, compile=value), tmp_path / str(value), show_progress=False)
+        for value in (False, True)
+    )
+    for before, after in zip(plain["objective"], compiled["objective"], strict=True):
+        assert after == pytest.approx(before, rel=1e-3)
 
 
 def test_a_buffer_without_a_tuple_is_announced_and_makes_theorem_1_infinite(

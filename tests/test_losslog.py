@@ -1,6 +1,7 @@
 """The loss log: what is written is read, what is torn is dropped, what is damaged is refused with its line."""
 
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -38,6 +39,17 @@ def test_round_trip(path: Path) -> None:
     copy.write(path)
     assert read_log(path) == LOG
     assert not list(path.parent.glob(".*"))  # no temporary file stays
+
+
+def test_a_compressed_log_reads_the_same_and_damage_to_it_is_named(path: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "losses.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read_log(packed) == LOG
+    whole = packed.read_bytes()
+    for damaged in (whole[:-20], whole[:5], b"no gzip", whole[:40] + b"\xff" * 20 + whole[60:]):
+        packed.write_bytes(damaged)
+        with pytest.raises(LogError, match=r"losses\.jsonl\.gz is no complete gzip file .*: compress the log again"):
+            read_log(packed)
 
 
 means = st.floats(0.1, 3.0)

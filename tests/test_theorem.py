@@ -81,6 +81,8 @@ def test_one_task_is_exact() -> None:
 
 
 def test_no_distillation_says_nothing() -> None:
+    nothing = theorem1([0.0, 0.0, 0.0], [0.0] * 3, SHARES, GEOMETRY, contrastive_weights=[0.0] * 3)
+    assert (nothing.upper, nothing.lower) == (math.inf, -math.inf)  # a loss of 0 because nothing was trained on
     assert theorem1(LOSSES, [0.0, 0.0, 1.0], SHARES, GEOMETRY).upper == math.inf
     assert theorem1(LOSSES, WEIGHTS, [[1.0], [0.0, 1.0], SHARES[2]], GEOMETRY).upper == math.inf
 
