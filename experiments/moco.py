@@ -47,4 +47,6 @@ class KeyQueue:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.encoder.load_state_dict(state["encoder"])
-        self.key, self.teacher_key, self.label = (state.get(name) for name in ("key", "teacher_key", "label"))
+        device = next(self.encoder.parameters()).device
+        kept = {name: state[name].to(device) for name in ("key", "teacher_key", "label") if name in state}
+        self.key, self.teacher_key, self.label = kept.get("key"), kept.get("teacher_key"), kept.get("label")

@@ -5,6 +5,7 @@ A run that fails leaves ``failed.txt`` in its directory, with time, machine and 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import platform
@@ -12,6 +13,7 @@ import time
 import tomllib
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -219,14 +221,22 @@ def _note_failure(directory: Path, reason: str) -> None:
 
 def _connect(scheduler: str) -> Client:
     try:
-        from distributed import Client
+        from distributed import Client, Security
+        from distributed.comm.core import connect
     except ImportError:
         raise ValueError("a scheduler needs Dask: pip install 'dask[distributed]', or -e '.[cluster]'") from None
+
+    async def knock() -> None:
+        comm = await connect(scheduler, **Security().get_connection_args("client"))
+        await comm.close()
+
     try:
+        asyncio.run(asyncio.wait_for(knock(), _CONNECT_SECONDS))  # a Client waits without end for what is no scheduler
         return Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no Dask scheduler answers at {scheduler} ({error}): start one with `dask scheduler`, or correct it"
+            f"no Dask scheduler answers at {scheduler} ({str(error) or f'waited {_CONNECT_SECONDS:g} s'}): "
+            "start one with `dask scheduler`, or correct the address"
         ) from None
 
 
@@ -287,9 +297,12 @@ def _train_on(client: Client, configs: Sequence[RunConfig], out: Path, data_root
                 yield from ((name, reason) for name, _ in waiting.values())
                 return
             continue
+        seen = time.monotonic()
         name, _ = waiting.pop(future.key)
         try:
             reason = future.result()
+        except CancelledError:
+            reason = "the connection to the scheduler was lost: try again"
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             _note_failure(out / name, reason)

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from cila_bound.cli import main
+from experiments.sweep import load_spec
 
 ROOT = Path(__file__).parents[1]
 
 
-def code(document: str) -> str:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+def code(document: str, language: str = "python") -> str:
+    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert len(blocks) == 1
     return blocks[0]
 
@@ -22,6 +23,21 @@ def test_losslog_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     exec(compile(code("docs/losslog.md"), "docs/losslog.md", "exec"), {})
     assert main(["evaluate", "losses.jsonl"]) == 0
     assert "2 of 2 tasks" in capsys.readouterr().out
+
+
+def test_sweep_example(tmp_path: Path) -> None:
+    (tmp_path / "spec.toml").write_text(code("docs/experiments.md", "toml"))
+    configs = load_spec(tmp_path / "spec.toml")
+    assert len(configs) == 12
+    assert configs[-1].name == "digits/cila-pure-buffer_size=100-kappa=1.0-seed2"
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if "://" not in target:
+            assert ((ROOT / document).parent / target).exists(), f"{document}: {target}"
 
 
 def test_readme_example() -> None:

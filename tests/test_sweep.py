@@ -14,16 +14,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import distributed
 import pytest
 from filelock import FileLock
 
 from experiments import directory
 from experiments import sweep as module
 from experiments.config import RunConfig
+from experiments.methods import METHODS
 from experiments.presets import preset
 from experiments.sweep import load_spec, sweep
-
-distributed = pytest.importorskip("distributed")
 
 SPECS = sorted((Path(__file__).parent.parent / "experiments/specs").glob("*.toml"))
 TINY = RunConfig(n_tasks=2, epochs_first=1, epochs=1, buffer_size=20, tuple_rounds=2, max_tuples=20, probe_epochs=2)
@@ -163,8 +163,8 @@ def test_shipped_specs_load(path: Path) -> None:
     assert len({config.name for config in configs}) == len(configs) >= 9
     assert {config.study for config in configs} == {path.stem if path.stem != "demo" else "digits"}
     if path.stem in ("digits", "rotated-digits"):
-        wide = [config.method for config in configs if config.log_tuples and len(config.geometries) == 6]
-        assert len(wide) == 5 * len(set(wide)) == 5 * 11
+        plain = [config.method for config in configs if config.variant == config.method]
+        assert sorted(plain) == sorted(5 * list(METHODS))
 
 
 # --- on this machine
@@ -297,25 +297,35 @@ def test_workers_that_see_another_folder_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_workers_run_is_resumed_by_another(cluster: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("deaths_allowed", [3, 0])
+def test_a_killed_workers_run_is_finished_by_another_or_reported(
+    deaths_allowed: int, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.scheduler, "allowed_failures", deaths_allowed)
     config = dataclasses.replace(TINY, epochs_first=12, method="finetune")
     assert sweep([config], tmp_path / "whole") == []
-    checkpoint, killed = tmp_path / "killed" / config.name / "checkpoint.pt", []
+    folder, killed = tmp_path / "killed" / config.name, []
 
     def kill_its_worker() -> None:
-        deadline = time.monotonic() + 20
-        while not checkpoint.exists() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 30
+        while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         [busy] = [worker.nanny for worker in cluster.scheduler.workers.values() if worker.processing]
         [pid] = [nanny.pid for nanny in cluster.workers.values() if nanny.address == busy]
         os.kill(pid, signal.SIGKILL)
-        killed.append(checkpoint.exists())
+        killed.append((folder / "checkpoint.pt").exists())
 
     killer = threading.Thread(target=kill_its_worker)
     killer.start()
-    assert sweep([config], tmp_path / "killed", scheduler=cluster.scheduler_address) == []
+    failures = sweep([config], tmp_path / "killed", scheduler=cluster.scheduler_address)
     killer.join()
     assert killed == [True]
+    if not deaths_allowed:
+        [(name, reason)] = failures
+        assert name == config.name and reason.startswith("KilledWorker: ")
+        assert reason in (folder / "failed.txt").read_text()
+        failures = sweep([config], tmp_path / "killed")
+    assert failures == []
     assert logs(tmp_path / "killed") == logs(tmp_path / "whole")
 
 
@@ -364,6 +374,9 @@ def test_an_unreachable_scheduler_is_named(tmp_path: Path, monkeypatch: pytest.M
         closed.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
         with pytest.raises(ValueError, match=f"no Dask scheduler answers at {address} .*start one with `dask sched"):
+            sweep(CELLS, tmp_path, scheduler=address)
+        closed.listen()  # and never answers
+        with pytest.raises(ValueError, match=rf"no Dask scheduler answers at {address} \(waited 0\.5 s\)"):
             sweep(CELLS, tmp_path, scheduler=address)
     with pytest.raises(ValueError, match="no Dask scheduler answers at nonsense://"):
         sweep(CELLS, tmp_path, scheduler="nonsense://")
