@@ -58,7 +58,7 @@ def sweep(
         data_root: folder with the datasets.
         scheduler: address of a Dask scheduler, to train on its workers instead, which must see the same folders.
     """
-    from experiments.sweep import load_spec
+    from experiments.spec import load_spec
     from experiments.sweep import sweep as train_all
 
     failures = train_all(load_spec(spec), out, data_root=data_root, jobs=jobs, scheduler=scheduler)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cila_bound.cli import main
-from experiments.sweep import load_spec
+from experiments.spec import load_spec
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,7 +23,8 @@ from experiments import sweep as module
 from experiments.config import RunConfig
 from experiments.methods import METHODS
 from experiments.presets import preset
-from experiments.sweep import load_spec, sweep
+from experiments.spec import load_spec
+from experiments.sweep import sweep
 
 SPECS = sorted((Path(__file__).parent.parent / "experiments/specs").glob("*.toml"))
 TINY = RunConfig(n_tasks=2, epochs_first=1, epochs=1, buffer_size=20, tuple_rounds=2, max_tuples=20, probe_epochs=2)
