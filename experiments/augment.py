@@ -25,7 +25,7 @@ class Augmentation(nn.Module):
 
     - ``none``: nothing else.
     - ``small-affine``: rotated by up to 15 degrees, scaled by 0.85 to 1.15, shifted by up to 1/8 of the side.
-    - ``mnist``: rotated by up to 15 degrees, a crop of 0.7 to 1 of the area.
+    - ``mnist``: a crop of 0.7 to 1 of the area.
     - ``cifar10``: as SimCLR (Chen et al., 2020) on CIFAR-10: a crop of 0.2 to 1 of the area, mirrored, colours
       jittered, grey.
     - ``tiny-imagenet``: the same with a crop of 0.1 to 1, and blurred.
@@ -110,7 +110,7 @@ class _Window:
 
 _WINDOWS: dict[AugmentationName, _Window] = {
     "small-affine": _Window(degrees=15, zoom=0.15, shift=0.125),
-    "mnist": _Window(degrees=15, smallest_area=0.7),
+    "mnist": _Window(smallest_area=0.7),
     "cifar10": _Window(smallest_area=0.2, mirrored=True),
     "tiny-imagenet": _Window(smallest_area=0.1, mirrored=True),
     "generic": _Window(smallest_area=0.5, mirrored=True),

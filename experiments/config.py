@@ -100,7 +100,7 @@ class RunConfig:
     batch_size: int = 128
     """Images a step, before two views are made of each."""
     learning_rate: float = 0.01
-    """Peak of SGD's cosine schedule, which restarts with each task and ends at 0.001 of it."""
+    """Peak of SGD's cosine schedule, which restarts with each task and falls towards 0.001 of it."""
     warmup_epochs: int = 2
     warmup_from: float = 0.0
     """Learning rate from which the warm-up rises linearly to the peak."""
@@ -153,9 +153,9 @@ class RunConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the training passes; "auto": bfloat16 (autocast) on a GPU. Logs and accuracies are float32 always."""
+    """Of the training passes; "auto": bfloat16 (autocast) on a GPU. Logs and accuracies are always float32."""
     compile: bool = False
-    """Whether encoders are compiled by torch.compile."""
+    """Whether the encoder that is trained by a contrastive method is compiled by torch.compile."""
     threads: int = 1
     """CPU threads of one run; runs are reproducible for equal numbers of threads."""
 
@@ -196,6 +196,13 @@ class RunConfig:
                 f"pretrain_epochs is {self.pretrain_epochs}, but there is nothing to pre-train on: "
                 "give pretrain_fraction or pretrain_dataset"
             )
+        if self.pretrain_fraction and self.pretrain_dataset:
+            raise ValueError("pretrain_fraction and pretrain_dataset are two sources of images: give one")
+        if self.pretrain_dataset and Path(self.pretrain_dataset).resolve() == Path(self.dataset).resolve():
+            raise ValueError(
+                f"pretrain_dataset {self.pretrain_dataset} is the stream's own dataset, whose held-out and test images "
+                "it may hold: give pretrain_fraction instead"
+            )
         if METHODS[self.method].classifier and (self.queue_size or self.positives == "view" or self.pretrain_epochs):
             raise ValueError(
                 f"{self.method} trains a classifier: queue_size, positives and pretrain_epochs are for contrastive "
@@ -209,7 +216,12 @@ class RunConfig:
 
     @property
     def study(self) -> str:
-        """Stream and schedule (and dataset, if it is the user's): what runs have in common that are compared."""
+        """Stream and schedule (and dataset, if it is the user's): what runs have in common that are compared.
+
+        Raises ValueError for a custom stream without a dataset.
+        """
+        if self.stream == "custom" and not self.dataset:
+            raise ValueError("stream custom needs --dataset: the path of an .npz file or of an image folder")
         own = f"-{Path(self.dataset).stem}" if self.stream == "custom" else ""
         return f"{self.stream}{own}{'-short' if self.schedule == 'short' else ''}"
 
@@ -219,10 +231,11 @@ class RunConfig:
         from experiments.presets import preset
 
         default = preset(self.stream, self.schedule)
+        unnamed = _NOT_NAMED | ({"dataset"} if self.stream == "custom" else set())  # which is in the study's name
         changed = [
             f"{field.name}={_short(getattr(self, field.name))}"
             for field in dataclasses.fields(self)
-            if field.name not in _NOT_NAMED and getattr(self, field.name) != getattr(default, field.name)
+            if field.name not in unnamed and getattr(self, field.name) != getattr(default, field.name)
         ]
         return " ".join([self.method, *changed])
 
@@ -273,7 +286,6 @@ _NOT_NAMED = _MEASURING | {
     "schedule",
     "method",
     "seed",
-    "dataset",
     "device",
     "precision",
     "compile",

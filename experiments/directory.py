@@ -25,12 +25,13 @@ from experiments.versions import made_with
 class Progress:
     """Everything that a resumed run needs beside its configuration; plain numbers and tensors only.
 
-    ``task`` counts from 1, and is 0 during pre-training; ``logits`` are those of the buffered images, in its order.
+    ``task`` counts from 1, and is 0 during pre-training; ``records`` counts those of each log; ``logits`` are those of
+    the buffered images, in its order.
     """
 
     task: int = 1
     epoch: int = 0
-    records: int = 0
+    records: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     seconds: float = 0.0
     buffer: list[list[int]] = field(default_factory=list)
@@ -73,7 +74,9 @@ def finished(config: RunConfig, directory: Path) -> dict[str, Any] | None:
     metrics = directory / "metrics.json"
     if not metrics.exists():
         return None
-    _check_logs(config, directory, "a finished run")
+    for name in log_names(config):
+        if not ((directory / name).exists() or (directory / f"{name}.gz").exists()):
+            raise ValueError(f"{directory / name} of a finished run is missing: {_remedy(directory / name)}")
     return read_json(metrics)
 
 
@@ -92,19 +95,15 @@ def begin_or_resume(config: RunConfig, directory: Path) -> Progress:
     """
     checkpoint = directory / "checkpoint.pt"
     if checkpoint.exists():
-        _check_logs(config, directory, "an unfinished run")
+        for name in log_names(config):
+            if not (directory / name).exists():
+                raise ValueError(f"{directory / name} of an unfinished run is missing: {_remedy(directory / name)}")
         return Progress.load(checkpoint)
     for log in sorted(directory.glob("losses*.jsonl")):
         if read_log(log).records:
             raise ValueError(f"{log} has records, but {checkpoint.name} or metrics.json is missing: {_remedy(log)}")
         log.unlink()
     return Progress(task=0 if config.pretrain_epochs else 1)
-
-
-def _check_logs(config: RunConfig, directory: Path, kind: str) -> None:
-    for name in log_names(config):
-        if not (directory / name).exists():
-            raise ValueError(f"{directory / name} of {kind} is missing: {_remedy(directory / name)}")
 
 
 def _remedy(path: Path) -> str:

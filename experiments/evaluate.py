@@ -22,24 +22,32 @@ class Accuracy(NamedTuple):
 
 
 def linear_probe(
-    representation: Tensor, label: Tensor, n_classes: int, *, epochs: int, learning_rate: float, seed: int
+    representation: Tensor,
+    label: Tensor,
+    group: Tensor,
+    n_classes: int,
+    *,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
 ) -> nn.Linear:
     """A linear classifier on frozen representations (n, width), by the protocol of Co2L (Cha et al. 2021): SGD with
-    momentum 0.9, batches of 256 drawn with replacement so that classes are balanced, learning rate x 0.2 after 60, 75
-    and 90% of the epochs. An epoch has ceil(n / 256) steps.
+    momentum 0.9, batches of 256 drawn with replacement so that each ``group`` (n,) is drawn as often, learning rate x
+    0.2 after 60, 75 and 90% of the epochs. An epoch has ceil(n / 256) steps.
     """
     generator = torch.Generator().manual_seed(seed)
     probe = nn.Linear(representation.shape[1], n_classes)
     nn.init.normal_(probe.weight, std=0.01, generator=generator)
     nn.init.zeros_(probe.bias)
+    probe.to(representation.device)
     optimizer = torch.optim.SGD(probe.parameters(), learning_rate, momentum=0.9)
     milestones = [round(share * epochs) for share in (0.6, 0.75, 0.9)]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
-    weight = 1.0 / torch.bincount(label, minlength=n_classes)[label]
+    weight = 1.0 / torch.bincount(group)[group]
     steps = math.ceil(len(label) / _BATCH)
     for _ in range(epochs):
         drawn = torch.multinomial(weight, steps * _BATCH, replacement=True, generator=generator)
-        for batch in drawn.split(_BATCH):
+        for batch in drawn.to(representation.device).split(_BATCH):
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(functional.cross_entropy(probe(representation[batch]), label[batch]))
             optimizer.step()

@@ -44,7 +44,10 @@ def read_arrays(path: Path, wanted: Iterable[str]) -> dict[str, np.ndarray]:
             for name in wanted:
                 if name in present:
                     arrays[name] = file[name]
-    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        *(OSError, ValueError, EOFError, NotImplementedError),
+        *(MemoryError, zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise ValueError(
             f"{path}: array {name!r} cannot be read ({error}): write the file again with numpy.savez, every array "
             "holding numbers or text and no objects"

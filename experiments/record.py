@@ -17,23 +17,32 @@ from experiments.snapshot import Snapshot
 from experiments.streams import SplitName, TaskStream
 from experiments.tuples import TupleLosses, Tuples, draw_tuples, tuple_losses
 
-_SPLITS: tuple[Split | str, ...] = ("train", "heldout", "test", "buffer")
+_SPLITS: tuple[Split | SplitName, ...] = ("train", "heldout", "test", "buffer")
+
+
+FixedTuples = dict[tuple[int, SplitName], Tuples]
+
+
+def draw_fixed(config: RunConfig, stream: TaskStream, n_negatives: int) -> FixedTuples:
+    """The tuples of every (task, split), the same after every task.
+
+    Raises ValueError if a split of a task cannot form a single tuple.
+    """
+    return {
+        (task, name): _draw(config, stream, n_negatives, task, name, split.labels)
+        for task in range(1, len(stream.tasks) + 1)
+        for name, split in stream.tasks[task - 1].splits.items()
+    }
 
 
 class Recorder:
-    """Draws the tuples of every task once, and measures models on them, with one number of negatives and one
-    temperature.
+    """Measures models on tuples, with one number of negatives and one temperature."""
 
-    Raises ValueError before any training if a split of a task cannot form a single tuple.
-    """
-
-    def __init__(self, config: RunConfig, stream: TaskStream, geometry: Geometry, *, log_tuples: bool) -> None:
+    def __init__(
+        self, config: RunConfig, stream: TaskStream, geometry: Geometry, fixed: FixedTuples, *, log_tuples: bool
+    ) -> None:
         self.config, self.stream, self.geometry, self.log_tuples = config, stream, geometry, log_tuples
-        self.fixed = {
-            (task, name): self._draw(task, name, split.labels)
-            for task in range(1, len(stream.tasks) + 1)
-            for name, split in stream.tasks[task - 1].splits.items()
-        }
+        self.fixed = fixed
 
     def unmeasurable(self) -> list[tuple[int, int]]:
         """(after_task, task) for which what the buffer will keep of a past task forms no tuple.
@@ -136,18 +145,26 @@ class Recorder:
     def _draw_buffer(self, buffer: Buffer, task: int, after_task: int) -> Tuples | None:
         labels = buffer.of_task(self.stream, task).labels
         try:
-            return self._draw(task, "buffer", labels, after_task)
+            return _draw(self.config, self.stream, self.geometry.n_negatives, task, "buffer", labels, after_task)
         except ValueError:
             return None
 
-    def _draw(self, task: int, split: str, labels: np.ndarray, after_task: int = 0) -> Tuples:
-        config, k = self.config, self.geometry.n_negatives
-        rng = numpy_rng(config.seed, "tuples", task, len(_SPLITS) * after_task + _SPLITS.index(split))
-        try:
-            return draw_tuples(labels, k, config.tuple_rounds, rng, limit=config.max_tuples)
-        except ValueError as error:
-            name = self.stream.tasks[task - 1].name
-            raise ValueError(f"the {split} data of task {task} ({name}) are too few: {error}") from None
+
+def _draw(
+    config: RunConfig,
+    stream: TaskStream,
+    n_negatives: int,
+    task: int,
+    split: Split | SplitName,
+    labels: np.ndarray,
+    after_task: int = 0,
+) -> Tuples:
+    rng = numpy_rng(config.seed, "tuples", task, len(_SPLITS) * after_task + _SPLITS.index(split))
+    try:
+        return draw_tuples(labels, n_negatives, config.tuple_rounds, rng, limit=config.max_tuples)
+    except ValueError as error:
+        name = stream.tasks[task - 1].name
+        raise ValueError(f"the {split} data of task {task} ({name}) are too few: {error}") from None
 
 
 def _mean(values: np.ndarray | None) -> float:

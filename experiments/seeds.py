@@ -7,7 +7,9 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-Purpose = Literal["split", "classes", "pretraining", "weights", "batches", "epoch", "buffer", "tuples", "probe"]
+Purpose = Literal[
+    "split", "classes", "pretraining", "weights", "batches", "epoch", "buffer", "tuples", "probe", "angles"
+]
 
 
 def derive(seed: int, purpose: Purpose, task: int = 0, epoch: int = 0) -> int:

@@ -34,6 +34,10 @@ class Snapshot:
     @torch.no_grad()
     def of(self, images: np.ndarray) -> Outputs:
         """Of images (n, channels, height, width) uint8, n >= 0."""
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self._of(images)
+
+    def _of(self, images: np.ndarray) -> Outputs:
         batches = torch.from_numpy(np.ascontiguousarray(images)).split(_BATCH)
         parts = [self.model.outputs(self._normalise(batch.to(self._device))) for batch in batches]
         logits = [part.logits.float().cpu() for part in parts if part.logits is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -66,18 +66,25 @@ class TaskStream:
         return f"sha256:{digest.hexdigest()}"
 
 
-def split_by_class(labels: np.ndarray, heldout: float, test: float, rng: np.random.Generator) -> Splits:
-    """Indices of the three splits, drawn class by class with the given shares; each class has at least one sample in
-    each.
+def split_by_class(
+    labels: np.ndarray,
+    heldout: float,
+    test: float,
+    rng: np.random.Generator,
+    name: Callable[[int], str] = str,
+) -> Splits:
+    """Indices of the three splits, drawn class by class with the given shares; each class has one sample or more in
+    each. ``name`` is what an error calls a label.
 
-    Raises ValueError if a class (of a task, with a task column) has fewer than three samples.
+    Raises ValueError if a class has fewer than three samples.
     """
     parts: dict[SplitName, list[np.ndarray]] = {"heldout": [], "test": [], "train": []}
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         if len(members) < 3:
             raise ValueError(
-                f"class {label} has {len(members)} samples, but train, held-out and test need one each: add samples"
+                f"class {name(label)} has {len(members)} samples, but train, held-out and test need one each: "
+                "add samples"
             )
         n_heldout = min(max(round(heldout * len(members)), 1), len(members) - 2)
         n_test = min(max(round(test * len(members)), 1), len(members) - n_heldout - 1)
@@ -150,14 +157,11 @@ def build_stream(config: RunConfig, data_root: Path) -> TaskStream:
 
     Raises ValueError if the dataset is missing or damaged, or cannot be split into ``n_tasks``.
     """
-    if not config.dataset:
-        raise ValueError("stream custom needs --dataset: the path of an .npz file or of an image folder")
     data = load(config.dataset, data_root)
     height, width = data.train.images.shape[2:]
     if height != width:
         raise ValueError(f"the images of {data.name} are {height} x {width}: cut or pad them to a square")
-    rng = numpy_rng(config.seed, "split")
-    splits, columns = _split(config, data, rng)
+    splits, columns = _split(config, data, numpy_rng(config.seed, "split"))
     splits, columns, aside = _set_aside(config, splits, columns, numpy_rng(config.seed, "pretraining"))
     kind: Literal["class-incremental", "domain-incremental"] = "class-incremental"
     if config.scenario == "class-incremental":
@@ -167,7 +171,8 @@ def build_stream(config: RunConfig, data_root: Path) -> TaskStream:
         tasks = class_incremental(splits, order, config.n_tasks, data.class_names)
     elif config.scenario == "rotations":
         kind = "domain-incremental"
-        tasks = domain_incremental(splits, rng.uniform(0.0, 180.0, config.n_tasks).tolist())
+        angles = numpy_rng(config.seed, "angles").uniform(0.0, 180.0, config.n_tasks)
+        tasks = domain_incremental(splits, angles.tolist())
     else:
         tasks = by_task_column(splits, columns, data.task_names)
         if len({task.classes for task in tasks}) == 1:
@@ -189,7 +194,12 @@ def _split(
     kept = _at_most(train_groups, config.train_per_class, rng)
     train, train_task, train_groups = _subset(data.train, kept), train_task[kept], train_groups[kept]
     if data.test is None:
-        index = split_by_class(train_groups, config.heldout_fraction, config.test_fraction, rng)
+
+        def title(group: int) -> str:
+            task, label = divmod(group, len(data.class_names))
+            return data.class_names[label] + (f" of task {data.task_names[task]}" if data.task_names else "")
+
+        index = split_by_class(train_groups, config.heldout_fraction, config.test_fraction, rng, title)
         return (
             {name: _subset(train, chosen) for name, chosen in index.items()},
             {name: train_task[chosen] for name, chosen in index.items()},
@@ -223,9 +233,16 @@ def _set_aside(
         return splits, columns, None
     train = splits["train"]
     aside = np.zeros(len(train.labels), bool)
-    for label in np.unique(train.labels):
-        members = rng.permutation(np.flatnonzero(train.labels == label))
-        aside[members[: round(config.pretrain_fraction * len(members))]] = True
+    groups = columns["train"] * (train.labels.max() + 1) + train.labels
+    for group in np.unique(groups):
+        members = rng.permutation(np.flatnonzero(groups == group))
+        count = round(config.pretrain_fraction * len(members))
+        if count > len(members) - 2:
+            raise ValueError(
+                f"pretrain_fraction {config.pretrain_fraction} leaves {len(members) - count} of a class's "
+                f"{len(members)} training images: lower it, so that at least 2 are left"
+            )
+        aside[members[:count]] = True
     rest: dict[SplitName, Dataset] = {**splits, "train": _subset(train, ~aside)}
     return rest, {**columns, "train": columns["train"][~aside]}, _subset(train, aside)
 

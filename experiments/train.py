@@ -28,7 +28,7 @@ from experiments.directory import begin_or_resume, finished, log_names
 from experiments.evaluate import accuracy, average_accuracy, backward_transfer, forgetting, linear_probe
 from experiments.methods import METHODS
 from experiments.models import Model, build_model
-from experiments.record import Recorder
+from experiments.record import Recorder, draw_fixed
 from experiments.seeds import derive, numpy_rng
 from experiments.snapshot import Snapshot
 from experiments.streams import build_stream
@@ -68,8 +68,15 @@ class _Run:
         self.stream = build_stream(config, data_root)
         self.n_tasks = len(self.stream.tasks)
         self.pretrain_images = self._pretrain_images(data_root)
+        fixed = {k: draw_fixed(config, self.stream, k) for k in config.n_negatives}
         self.recorders = [
-            Recorder(config, self.stream, geometry, log_tuples=config.log_tuples and position == 0)
+            Recorder(
+                config,
+                self.stream,
+                geometry,
+                fixed[geometry.n_negatives],
+                log_tuples=config.log_tuples and not position,
+            )
             for position, geometry in enumerate(config.geometries)
         ]
         self.augment = Augmentation(config.augmentation, self.stream.shape[1], self.stream.mean, self.stream.std)
@@ -93,11 +100,12 @@ class _Run:
     def train(self, show_progress: bool) -> dict[str, Any]:
         config, progress = self.config, self.progress
         with ExitStack() as stack:
+            fingerprint, kept = self.stream.fingerprint(), progress.records or [0] * len(self.recorders)
             writers = [
                 stack.enter_context(
-                    LossLogWriter(self.directory / name, self._header(geometry), resume=True, keep=progress.records)
+                    LossLogWriter(self.directory / name, self._header(geometry, fingerprint), resume=True, keep=keep)
                 )
-                for name, geometry in zip(log_names(config), config.geometries, strict=True)
+                for name, geometry, keep in zip(log_names(config), config.geometries, kept, strict=True)
             ]
             total = sum(epochs_of(config, task) for task in range(self.n_tasks + 1))
             bar = stack.enter_context(tqdm(total=total, desc=config.name, unit="epoch", disable=not show_progress))
@@ -108,7 +116,7 @@ class _Run:
                 if task:
                     self._finish_task(task, writers)
                 progress.task, progress.epoch, progress.trainer = task + 1, 0, {}
-                progress.records = len(writers[0].log.records)
+                progress.records = [len(writer.log.records) for writer in writers]
                 self._save()
         return self._result()
 
@@ -133,7 +141,10 @@ class _Run:
             bar.update()
 
     def _rows(self, task: int) -> Rows:
-        """What ``task`` is trained on: its training split and, with rehearsal, the buffer."""
+        """What ``task`` is trained on: its training split and, with rehearsal, the buffer.
+
+        Where tasks share classes, images of a class are positives within a task only, as in Co2L's code.
+        """
         if task == 0:
             parts = [(self.pretrain_images, np.zeros(len(self.pretrain_images), np.int64), 0)]
         else:
@@ -141,10 +152,14 @@ class _Run:
             parts = [(own.images, own.labels, task)]
             if self.method.rehearsal:
                 parts += [(*self.buffer.of_task(self.stream, past), past) for past in range(1, task)]
+        labels = torch.from_numpy(np.concatenate([labels for _, labels, _ in parts])).to(self.device)
+        tasks = torch.cat([torch.full((len(labels),), number) for _, labels, number in parts]).to(self.device)
+        domains = self.stream.kind == "domain-incremental"
         return Rows(
             images=torch.from_numpy(np.concatenate([images for images, _, _ in parts])).to(self.device),
-            labels=torch.from_numpy(np.concatenate([labels for _, labels, _ in parts])).to(self.device),
-            tasks=torch.cat([torch.full((len(labels),), number) for _, labels, number in parts]).to(self.device),
+            labels=labels,
+            tasks=tasks,
+            positives=labels + self.stream.n_classes * tasks if domains else labels,
             n_current=len(parts[0][1]),
             logits=None if self.progress.logits is None else self.progress.logits.to(self.device),
         )
@@ -187,21 +202,25 @@ class _Run:
         self.progress.over_own.append([result.over_own for result in results])
 
     def _probe(self, task: int, snapshot: Snapshot) -> tuple[nn.Linear, set[int]]:
-        """A linear probe trained on the task's training split and the buffer, and the classes that it knows."""
-        config = self.config
-        past = [part for i in range(1, task) if len((part := self.buffer.of_task(self.stream, i)).labels)]
-        outputs = [snapshot.split(task, "train"), *(snapshot.of(part.images) for part in past)]
-        own = self.stream.tasks[task - 1].train
-        label = torch.from_numpy(np.concatenate([own.labels, *(part.labels for part in past)]))
+        """A linear probe trained on the task's training split and the buffer, balanced over their classes or, where
+        tasks share classes, over the tasks (as Co2L's code); and the classes that it knows.
+        """
+        config, domains = self.config, self.stream.kind == "domain-incremental"
+        past = {i: part for i in range(1, task) if len((part := self.buffer.of_task(self.stream, i)).labels)}
+        outputs = [snapshot.split(task, "train"), *(snapshot.of(part.images) for part in past.values())]
+        parts = {task: self.stream.tasks[task - 1].train, **past}
+        label = torch.from_numpy(np.concatenate([part.labels for part in parts.values()]))
+        number = torch.cat([torch.full((len(part.labels),), i) for i, part in parts.items()])
         probe = linear_probe(
-            torch.cat([out.representation for out in outputs]),
-            label,
+            torch.cat([out.representation for out in outputs]).to(self.device),
+            label.to(self.device),
+            number if domains else label,
             self.stream.n_classes,
             epochs=config.probe_epochs,
             learning_rate=config.probe_learning_rate,
             seed=derive(config.seed, "probe", task),
         )
-        return probe, set(label.tolist())
+        return probe.cpu(), set(label.tolist())
 
     def _pretrain_images(self, data_root: Path) -> np.ndarray:
         """Set aside, or those of another dataset, resized."""
@@ -218,10 +237,11 @@ class _Run:
                 f"pretrain_dataset {config.pretrain_dataset} has {images.shape[1]} channels, but the stream's images "
                 f"have {channels}: choose a dataset with as many"
             )
-        resized = functional.interpolate(
-            torch.from_numpy(images).float(), (height, width), mode="bilinear", antialias=True
-        )
-        return resized.round().to(torch.uint8).numpy()
+        resized = [
+            functional.interpolate(batch.float(), (height, width), mode="bilinear", antialias=True).round().byte()
+            for batch in torch.from_numpy(images).split(1024)
+        ]
+        return torch.cat(resized).numpy()
 
     def _snapshot(self, model: Model) -> Snapshot:
         return Snapshot(model, self.stream, self.augment.plain, self.device)
@@ -235,14 +255,16 @@ class _Run:
                 f"{self.directory} is resumed with other versions than it was begun with ({changed}): its numbers may "
                 "differ from those of a run of one version"
             )
-        missing = self.recorders[0].unmeasurable()
-        if missing:
-            after, task = missing[0]
-            messages.append(
-                f"with buffer_size {self.config.buffer_size} the buffer's images of a past task will form no tuple "
-                f"{len(missing)} times, first after task {after} those of task {task}: the Theorem 1 form will be "
-                "infinite"
-            )
+        for recorder in {recorder.geometry.n_negatives: recorder for recorder in self.recorders}.values():
+            missing = recorder.unmeasurable()
+            if missing:
+                after, task = missing[0]
+                negatives = recorder.geometry.n_negatives
+                messages.append(
+                    f"with buffer_size {self.config.buffer_size} the buffer's images of a past task will form no tuple "
+                    f"of {negatives} negative{'s' if negatives > 1 else ''} {len(missing)} times, first after task "
+                    f"{after} those of task {task}: the Theorem 1 form will be infinite"
+                )
         for message in messages:
             tqdm.write(f"warning: {message}", file=sys.stderr)
 
@@ -253,7 +275,7 @@ class _Run:
         self.progress.model = self.model.state_dict()
         self.progress.save(self.directory / "checkpoint.pt")
 
-    def _header(self, geometry: Geometry) -> Header:
+    def _header(self, geometry: Geometry, fingerprint: str) -> Header:
         config = self.config
         return Header(
             temperature=geometry.temperature,
@@ -264,7 +286,7 @@ class _Run:
             fixed_tuples=True,
             config=config.as_json() | {"task_details": [task.detail for task in self.stream.tasks]},
             versions=versions(),
-            data_fingerprint=self.stream.fingerprint(),
+            data_fingerprint=fingerprint,
         )
 
     def _result(self) -> dict[str, Any]:

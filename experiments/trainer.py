@@ -23,12 +23,14 @@ class Rows(NamedTuple):
     """What a task is trained on, on the training device: its own images first, then those of the buffer.
 
     ``images`` (n, channels, height, width) uint8, ``labels`` and ``tasks`` (n,), of which ``n_current`` are the task's
-    own; ``logits`` (n - n_current, classes) as buffered, or None.
+    own; ``positives`` (n,): images of one number are each other's positives; ``logits`` (n - n_current, classes) as
+    buffered, or None.
     """
 
     images: Tensor
     labels: Tensor
     tasks: Tensor
+    positives: Tensor
     n_current: int
     logits: Tensor | None = None
 
@@ -96,7 +98,7 @@ class TaskTrainer:
         return {name: torch.cat(values).mean().item() for name, values in terms.items()}
 
     def _contrastive_step(self, batch: Tensor, number: int) -> dict[str, Tensor]:
-        views, label = self._two_views(batch), self.rows.labels[batch].repeat(2)
+        views, label = self._two_views(self.rows.images[batch]), self.rows.positives[batch].repeat(2)
         teacher = None
         with self._autocast:
             embedding = self.embed(views)
@@ -131,8 +133,9 @@ class TaskTrainer:
             count = len(batch) * (2 if self.method.logits else 1)
             drawn = torch.randint(buffered, (count,), device=self.device)
         index = torch.cat([batch, drawn + rows.n_current])
+        views = self.augment(rows.images[index]).contiguous(memory_format=torch.channels_last)
         with self._autocast:
-            logits = self.model.outputs(self.augment(rows.images[index])).logits
+            logits = self.model.outputs(views).logits
         assert logits is not None  # a classifier method has a classifier
         replay: list[Tensor | None] = []
         if buffered:
@@ -142,8 +145,7 @@ class TaskTrainer:
         self._step(result, number)
         return result.terms
 
-    def _two_views(self, batch: Tensor) -> Tensor:
-        images = self.rows.images[batch]
+    def _two_views(self, images: Tensor) -> Tensor:
         return torch.cat([self.augment(images), self.augment(images)]).contiguous(memory_format=torch.channels_last)
 
     def _step(self, result: Loss, number: int) -> None:
@@ -167,7 +169,7 @@ def epochs_of(config: RunConfig, task: int) -> int:
 
 
 def learning_rate(config: RunConfig, epoch: int, epochs: int) -> float:
-    """Linear warm-up, then a cosine to 0.001 of the peak."""
+    """Linear warm-up, then a cosine that would be 0.001 of the peak after the last epoch."""
     start, peak, last = config.warmup_from, config.learning_rate, 1e-3 * config.learning_rate
     warmup = min(config.warmup_epochs, epochs - 1)
     if epoch < warmup:

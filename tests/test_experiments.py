@@ -1,6 +1,7 @@
 """Configurations, metrics, and whole runs: every method, interrupted and killed."""
 
 import dataclasses
+import gzip
 import json
 import os
 import signal
@@ -61,6 +62,8 @@ def test_metrics_against_hand_computation() -> None:
         ({"n_negatives": (1, 1)}, "n_negatives holds a value twice"),
         ({"model": "big"}, "model must be one of small, .* got 'big'"),
         ({"pretrain_fraction": 1.0}, "pretrain_fraction must be in \\[0, 1\\), got 1.0"),
+        ({"pretrain_dataset": "./digits"}, "pretrain_dataset ./digits is the stream's own dataset"),
+        ({"pretrain_dataset": "mnist", "pretrain_fraction": 0.5}, "are two sources of images: give one"),
         ({"pretrain_epochs": 3}, "pretrain_epochs is 3, but there is nothing to pre-train on"),
         ({"method": "er", "queue_size": 8}, "er trains a classifier: queue_size, positives and pretrain_epochs"),
         ({"distill_weight": -1.0}, "distill_weight must be finite and >= 0, got -1.0"),
@@ -154,11 +157,15 @@ def test_every_combination_of_temperature_and_negatives_has_its_log(tmp_path: Pa
         {"method": "finetune", "buffer_size": 0},
         {"method": "er", "buffer_size": 0},
         {"method": "co2l", "model": "resnet18", "width": 4, "augmentation": "generic", "train_per_class": 10},
-        {"method": "co2l", "pretrain_epochs": 1, "pretrain_dataset": "digits"},
+        {"method": "co2l", "pretrain_epochs": 1, "pretrain_dataset": "OTHER"},
         {"method": "der++", "scenario": "rotations", "stream": "rotated-digits", "buffer": "reservoir"},
     ],
 )
 def test_every_option_runs_and_its_bounds_hold(change: dict[str, Any], tmp_path: Path) -> None:
+    if "pretrain_dataset" in change:
+        other = tmp_path / "other.npz"
+        np.savez(other, x=np.random.default_rng(0).integers(0, 256, (40, 12, 12), np.uint8), y=np.arange(40) % 4)
+        change = change | {"pretrain_dataset": str(other)}
     config = dataclasses.replace(TINY, n_tasks=2, **change)
     metrics = train.run(config, tmp_path, show_progress=False)
     log = read_log(tmp_path / "losses.jsonl")
@@ -185,9 +192,8 @@ def test_a_buffer_without_a_tuple_is_announced_and_makes_theorem_1_infinite(
 ) -> None:
     config = dataclasses.replace(TINY, buffer_size=7, n_negatives=(1,))
     train.run(config, tmp_path, show_progress=False)
-    assert "the buffer's images of a past task will form no tuple 6 times, first after task 4 those of task 2" in (
-        capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "will form no tuple of 1 negative 6 times, first after task 4 those of task 2: the Theorem" in error
     log = read_log(tmp_path / "losses.jsonl")
     assert log.training(5).mixture_weights[1] == 0.0
     with pytest.raises(LookupError):
@@ -216,14 +222,45 @@ def test_linear_probe_separates_what_is_separable_and_balances_classes() -> None
     label = torch.tensor([0] * 300 + [1] * 10 + [3] * 10)
     centre = 4 * torch.eye(8)[[0, 1, 2, 2]]
     representation = centre[label] + torch.randn(320, 8, generator=generator)
-    probe = linear_probe(representation, label, 4, epochs=100, learning_rate=0.1, seed=0)
+    probe = linear_probe(representation, label, label, 4, epochs=100, learning_rate=0.1, seed=0)
     new = torch.tensor([0, 1, 3]).repeat_interleave(200)
     logits = probe(centre[new] + torch.randn(600, 8, generator=generator))
     for kind in (0, 1, 3):
         assert (logits[new == kind].argmax(1) == kind).float().mean() > 0.95
-    again = linear_probe(representation, label, 4, epochs=100, learning_rate=0.1, seed=0)
+    again = linear_probe(representation, label, label, 4, epochs=100, learning_rate=0.1, seed=0)
     assert torch.equal(probe.weight, again.weight)
-    assert linear_probe(torch.zeros(2, 8), torch.tensor([0, 1]), 2, epochs=0, learning_rate=0.1, seed=0).bias.sum() == 0
+
+
+def test_linear_probe_draws_every_group_as_often() -> None:
+    """The same images labelled 0 in a large group and 1 in a small one: an even draw is undecided."""
+    representation = torch.ones(1000, 1)
+    label = torch.tensor([0] * 990 + [1] * 10)
+    even, uneven = (
+        linear_probe(representation, label, group, 2, epochs=60, learning_rate=0.1, seed=0)(torch.ones(1, 1)).softmax(1)
+        for group in (label, torch.zeros_like(label))
+    )
+    assert even[0, 1] == pytest.approx(0.5, abs=0.1)
+    assert uneven[0, 1] < 0.05
+
+
+def test_where_tasks_share_classes_positives_stay_within_a_task(tmp_path: Path) -> None:
+    for config, expected in ((ROTATED, False), (TINY, True)):
+        run = train._Run(dataclasses.replace(config, n_tasks=2), tmp_path, tmp_path)
+        run.buffer.add(run.stream, 1, np.random.default_rng(0))
+        rows = run._rows(2)
+        assert set(rows.tasks.tolist()) == {1, 2}
+        pairs = list(zip(rows.labels.tolist(), rows.tasks.tolist(), rows.positives.tolist(), strict=True))
+        assert len({positive for _, _, positive in pairs}) == len({(label, task) for label, task, _ in pairs})
+        assert torch.equal(rows.positives, rows.labels) == expected
+
+
+def test_a_finished_run_may_have_its_logs_compressed(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, n_tasks=1)
+    metrics = train.run(config, tmp_path, show_progress=False)
+    log = tmp_path / "losses.jsonl"
+    (tmp_path / "losses.jsonl.gz").write_bytes(gzip.compress(log.read_bytes()))
+    log.unlink()
+    assert train.run(config, tmp_path, show_progress=False) == metrics
 
 
 def test_accuracy_over_seen_and_own_classes() -> None:
@@ -266,6 +303,9 @@ def test_presets_are_the_published_protocol() -> None:
 
 
 def test_names_tell_configurations_apart() -> None:
+    assert dataclasses.replace(TINY, dataset="mnist").variant.startswith("cila-max dataset=mnist")
+    with pytest.raises(ValueError, match="stream custom needs --dataset"):
+        preset("custom").name  # noqa: B018
     assert preset("digits").name == "digits/cila-max-seed0"
     short = dataclasses.replace(preset("rotated-mnist", "short"), kappa=0.5, seed=3, theory_temperatures=(0.1,))
     assert short.name == "rotated-mnist-short/cila-max-kappa=0.5-seed3"
@@ -325,6 +365,8 @@ class StopError(Exception):
         (5, {"queue_size": 300}),
         (5, {"method": "der++", "buffer": "reservoir"}),
         (5, {"theory_temperatures": (0.5, 0.1)}),
+        (5, {"n_tasks": 5, "n_negatives": (1, 4), "buffer_size": 8, "epochs": 1}),
+        (5, {"n_tasks": 5, "n_negatives": (4, 1), "buffer_size": 8, "epochs": 1}),
         (5, {"method": "dual-price-per-task", "buffer_size": 0}),
     ],
 )

@@ -54,6 +54,23 @@ def test_rotations_keep_an_image_in_its_split() -> None:
         assert not np.array_equal(first[name].images, second[name].images)
 
 
+def test_angles_depend_on_the_seed_alone() -> None:
+    def angles(**change: Any) -> list[str]:
+        return [task.detail for task in build_stream(dataclasses.replace(ROTATED, n_tasks=3, **change), DATA).tasks]
+
+    assert angles() == angles(train_per_class=50)
+    assert angles() != angles(seed=1)
+
+
+def test_a_class_of_a_task_that_is_too_small_is_named(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (22, 8, 8), np.uint8)
+    y, task = ["cat"] * 10 + ["dog"] * 10 + ["cat"] * 2, ["a"] * 20 + ["b"] * 2
+    np.savez(tmp_path / "pets.npz", x=x, y=y, task=task)
+    config = dataclasses.replace(preset("custom"), dataset=str(tmp_path / "pets.npz"), scenario="task-column")
+    with pytest.raises(ValueError, match="class cat of task b has 2 samples"):
+        build_stream(config, DATA)
+
+
 def test_stream_depends_on_the_seed_alone() -> None:
     same = build_stream(dataclasses.replace(TINY, method="co2l", epochs=7), DATA)
     assert build_stream(TINY, DATA).fingerprint() == same.fingerprint()
@@ -65,7 +82,7 @@ def test_stream_depends_on_the_seed_alone() -> None:
     [
         ({"n_tasks": 3}, "n_tasks must split 10 classes .* one of \\[1, 2, 5\\], got 3"),
         ({"n_tasks": 10}, "one of \\[1, 2, 5\\], got 10"),
-        ({"dataset": ""}, "stream custom needs --dataset"),
+        ({"pretrain_fraction": 0.995}, r"pretrain_fraction 0.995 leaves 0 of a class's \d+ training images"),
         ({"scenario": "task-column"}, "needs a task for each image, but digits has none"),
     ],
 )
