@@ -8,6 +8,7 @@ value and the remedy.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 import types
@@ -267,8 +268,13 @@ def _build(cls: type[Any], data: Mapping[str, Any], where: str) -> Any:
     for name in fields:
         if name not in data:
             raise ValueError(f"missing field {name!r} in {where}: write it, as null if it does not apply")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
     return cls(**{name: _convert(value, hints[name], name) for name, value in data.items()})
+
+
+@functools.cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
