@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -75,6 +76,13 @@ def build_model(
     normalisation = [nn.BatchNorm1d(size)] if name == "small" else []
     head = nn.Sequential(nn.Linear(size, size), *normalisation, nn.ReLU(), nn.Linear(size, embedding))
     return Model(encoder, head, None)
+
+
+def layout(name: ModelName, device: torch.device) -> torch.memory_format:
+    """Of weights and images in training: channels last, but for ``resnet18`` on a CPU, where PyTorch 2.13 writes beyond
+    its memory in backward passes of strided 1 x 1 convolutions of few channels in that layout.
+    """
+    return torch.contiguous_format if name == "resnet18" and device.type == "cpu" else torch.channels_last
 
 
 def _small(shape: tuple[int, int, int], width: int) -> nn.Sequential:

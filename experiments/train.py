@@ -27,7 +27,7 @@ from experiments.datasets import load
 from experiments.directory import begin_or_resume, finished, log_names
 from experiments.evaluate import accuracy, average_accuracy, backward_transfer, forgetting, linear_probe
 from experiments.methods import METHODS
-from experiments.models import Model, build_model
+from experiments.models import Model, build_model, layout
 from experiments.record import Recorder, draw_fixed
 from experiments.seeds import derive, numpy_rng
 from experiments.snapshot import Snapshot
@@ -84,7 +84,7 @@ class _Run:
         torch.manual_seed(derive(config.seed, "weights"))
         n_classes = self.stream.n_classes if self.method.classifier else None
         self.model = build_model(config.model, self.stream.shape, width=config.width or None, n_classes=n_classes)
-        self.model.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.model.to(self.device).to(memory_format=layout(config.model, self.device)).eval()  # type: ignore[call-overload]
         self.embed: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
         self.buffer = Buffer(config.buffer_size, config.buffer)
         self.teacher: Snapshot | None = None

@@ -14,7 +14,7 @@ from experiments.augment import Augmentation
 from experiments.config import RunConfig
 from experiments.methods import METHODS
 from experiments.moco import KeyQueue
-from experiments.models import Model
+from experiments.models import Model, layout
 from experiments.objective import Loss, contrastive_loss, replay_loss
 from experiments.seeds import derive, torch_generator
 
@@ -62,6 +62,7 @@ class TaskTrainer:
         )
         self.queue = KeyQueue(model, config.queue_size, config.queue_momentum) if config.queue_size else None
         self.device = rows.images.device
+        self._layout = layout(config.model, self.device)
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
         self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
@@ -133,7 +134,7 @@ class TaskTrainer:
             count = len(batch) * (2 if self.method.logits else 1)
             drawn = torch.randint(buffered, (count,), device=self.device)
         index = torch.cat([batch, drawn + rows.n_current])
-        views = self.augment(rows.images[index]).contiguous(memory_format=torch.channels_last)
+        views = self.augment(rows.images[index]).contiguous(memory_format=self._layout)
         with self._autocast:
             logits = self.model.outputs(views).logits
         assert logits is not None  # a classifier method has a classifier
@@ -146,7 +147,7 @@ class TaskTrainer:
         return result.terms
 
     def _two_views(self, images: Tensor) -> Tensor:
-        return torch.cat([self.augment(images), self.augment(images)]).contiguous(memory_format=torch.channels_last)
+        return torch.cat([self.augment(images), self.augment(images)]).contiguous(memory_format=self._layout)
 
     def _step(self, result: Loss, number: int) -> None:
         self._check_finite(number, result.loss.detach())
