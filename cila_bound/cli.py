@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -45,8 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"cila-bound: {error}", file=sys.stderr)
             status = 2
             continue
-        print(json.dumps({"log": path, **report.as_json()}, allow_nan=False) if options.json else report.as_text(path))
         status = max(status, 1 if report.violations else 0)
+        text = json.dumps({"log": path, **report.as_json()}, allow_nan=False) if options.json else report.as_text(path)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 

@@ -153,6 +153,17 @@ def test_a_torn_line_is_a_warning(path: Path, capsys: pytest.CaptureFixture[str]
     assert "the last line is torn" in capsys.readouterr().err
 
 
+def test_a_reader_that_stops_reading_is_no_error(path: Path) -> None:
+    command = Path(sys.executable).with_name("cila-bound")
+    with subprocess.Popen(
+        [command, "evaluate", *[path] * 3], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_the_installed_command_runs(path: Path) -> None:
     command = Path(sys.executable).with_name("cila-bound")
     result = subprocess.run([command, "evaluate", path], capture_output=True, text=True, check=False)
