@@ -26,6 +26,7 @@ from experiments.evaluate import accuracy, average_accuracy, backward_transfer, 
 from experiments.methods import METHODS
 from experiments.presets import PRESETS, preset
 from experiments.streams import build_stream
+from experiments.trainer import TaskTrainer
 
 ROOT = Path(__file__).parent.parent
 TINY = RunConfig(
@@ -254,6 +255,57 @@ def test_where_tasks_share_classes_positives_stay_within_a_task(tmp_path: Path) 
         assert torch.equal(rows.positives, rows.labels) == expected
 
 
+@pytest.mark.parametrize(("config", "balanced_over"), [(TINY, "classes"), (ROTATED, "tasks")])
+def test_the_probe_is_balanced_over_classes_or_tasks(
+    config: RunConfig, balanced_over: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def probe(representation: torch.Tensor, label: torch.Tensor, group: torch.Tensor, *arguments: Any, **options: Any):
+        seen.append((label, group))
+        return linear_probe(representation, label, group, *arguments, **options)
+
+    monkeypatch.setattr(train, "linear_probe", probe)
+    train.run(dataclasses.replace(config, n_tasks=2), tmp_path, show_progress=False)
+    label, group = seen[-1]
+    if balanced_over == "classes":
+        assert torch.equal(label, group)
+    else:
+        assert group.unique().tolist() == [1, 2]
+        assert group[0] == 2 and len(label.unique()) == 10
+
+
+@pytest.mark.parametrize("policy", ["balanced", "reservoir"])
+def test_buffered_logits_stay_with_their_images(policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first: dict[tuple[int, int], torch.Tensor] = {}
+    finish = train._Run._finish_task
+
+    def check(self: train._Run, task: int, writers: Any) -> None:
+        finish(self, task, writers)
+        pairs = self.buffer.pairs()
+        assert self.progress.logits.shape == (len(pairs), 10)
+        fresh = self.teacher.of(self.buffer.of_task(self.stream, task).images).logits
+        own = [row for pair, row in zip(pairs, self.progress.logits, strict=True) if pair[0] == task]
+        assert torch.equal(torch.stack(own), fresh)
+        for pair, row in zip(pairs, self.progress.logits, strict=True):
+            assert torch.equal(first.setdefault(pair, row.clone()), row)
+
+    monkeypatch.setattr(train._Run, "_finish_task", check)
+    config = dataclasses.replace(TINY, method="der++", buffer=policy, n_negatives=(1,))
+    train.run(config, tmp_path, show_progress=False)
+    assert {task for task, _ in first} == {1, 2, 3, 4, 5}
+
+
+def test_pretraining_sees_no_labels(tmp_path: Path) -> None:
+    run = train._Run(dataclasses.replace(TINY, pretrain_epochs=1, pretrain_fraction=0.5), tmp_path, tmp_path)
+    for task, positives in ((0, "view"), (1, "class")):
+        rows = run._rows(task)
+        trainer = TaskTrainer(run.config, task, run.model, run.embed, rows, run.augment, None, ())
+        assert trainer.config.positives == positives
+        assert trainer.epochs == (1, 2)[task]
+        assert rows.labels.any() == bool(task)
+
+
 def test_a_finished_run_may_have_its_logs_compressed(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, n_tasks=1)
     metrics = train.run(config, tmp_path, show_progress=False)
@@ -362,11 +414,11 @@ class StopError(Exception):
     [
         *((call, {}) for call in range(1, 7)),
         *((call, {"pretrain_epochs": 1, "pretrain_fraction": 0.5, "positives": "view"}) for call in (1, 2)),
-        (5, {"queue_size": 300}),
-        (5, {"method": "der++", "buffer": "reservoir"}),
+        *((call, {"queue_size": 300}) for call in (1, 4)),
+        *((call, {"method": "der++", "buffer": "reservoir"}) for call in (4, 6)),
         (5, {"theory_temperatures": (0.5, 0.1)}),
-        (5, {"n_tasks": 5, "n_negatives": (1, 4), "buffer_size": 8, "epochs": 1}),
-        (5, {"n_tasks": 5, "n_negatives": (4, 1), "buffer_size": 8, "epochs": 1}),
+        (7, {"n_tasks": 5, "n_negatives": (1, 4), "buffer_size": 8, "epochs": 1}),  # logs of different lengths
+        (7, {"n_tasks": 5, "n_negatives": (4, 1), "buffer_size": 8, "epochs": 1}),
         (5, {"method": "dual-price-per-task", "buffer_size": 0}),
     ],
 )
