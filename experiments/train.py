@@ -223,14 +223,12 @@ class _Run:
         return probe.cpu(), set(label.tolist())
 
     def _pretrain_images(self, data_root: Path) -> np.ndarray:
-        """Set aside, or those of another dataset, resized."""
+        """Set aside, or those of another dataset, resized; none without pre-training."""
         config, (channels, height, width) = self.config, self.stream.shape
-        if not config.pretrain_dataset:
-            return (
-                np.empty((0, *self.stream.shape), np.uint8)
-                if self.stream.pretrain is None
-                else self.stream.pretrain.images
-            )
+        if not config.pretrain_epochs:
+            return np.empty((0, *self.stream.shape), np.uint8)
+        if self.stream.pretrain is not None:
+            return self.stream.pretrain.images
         images = load(config.pretrain_dataset, data_root).train.images
         if images.shape[1] != channels:
             raise ValueError(
