@@ -2,14 +2,19 @@
 scipy only.
 
 log = cila_bound.read_log("losses.jsonl")
-certificate = cila_bound.certify(log, "moment")
-certificate.per_task, certificate.measured, certificate.tightness
+estimate = cila_bound.certify(log, "moment")
+estimate.per_task, estimate.measured, estimate.tightness
+certificate = cila_bound.certify(log, "moment", confidence=0.95)
+certificate.per_task, certificate.statements
 """
 
 from cila_bound.certificate import Certificate, certify
 from cila_bound.coefficients import cila_weight, dual_price_weight
+from cila_bound.concentration import ConfidenceBounds, betting, chernoff, effective_size, empirical_bernstein, hoeffding
 from cila_bound.geometry import Geometry
 from cila_bound.losslog import LogError, LogWarning, LossLog, LossLogWriter, read_log
+from cila_bound.means import ConfidenceStatement
+from cila_bound.planning import tuples_needed
 from cila_bound.records import Header, Measurement, Statistic, TestLoss, Training, TupleValues
 from cila_bound.steps import (
     MomentStep,
@@ -26,6 +31,8 @@ from cila_bound.theorem import Theorem1, theorem1
 
 __all__ = [
     "Certificate",
+    "ConfidenceBounds",
+    "ConfidenceStatement",
     "Geometry",
     "Header",
     "LogError",
@@ -42,9 +49,14 @@ __all__ = [
     "Theorem1",
     "Training",
     "TupleValues",
+    "betting",
     "certify",
+    "chernoff",
     "cila_weight",
     "dual_price_weight",
+    "effective_size",
+    "empirical_bernstein",
+    "hoeffding",
     "linear_step",
     "moment_step",
     "pinsker_step",
@@ -52,4 +64,5 @@ __all__ = [
     "read_log",
     "saturating_step",
     "theorem1",
+    "tuples_needed",
 ]

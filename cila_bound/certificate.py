@@ -1,30 +1,20 @@
-"""From the steps of a run to a bound on the population loss of its last model, task by task.
-
-For task i a chain starts from the contrastive loss of f_i on D_i and applies one step for every later task
-(``chain="full"``), or starts from the loss of f_{T-1}, which the log of the last step holds, and applies that step
-alone (``chain="refreshed"``).
+"""From the steps of a run to a bound on the population loss of its last model, task by task: as an estimate, or as a
+certificate at a stated confidence.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
-import numpy as np
-
-from cila_bound._moment import solve_lower, solve_upper
+from cila_bound.chain import Chain, ChainStep, Data, Interval, evaluate
 from cila_bound.geometry import Geometry
 from cila_bound.losslog import LossLog
-from cila_bound.records import Measurement, Split, Statistic, TupleValues
-from cila_bound.steps import PointwiseStep, Step, linear_step, pinsker_step, pointwise_step, saturating_step
+from cila_bound.means import Confidence, ConfidenceStatement, Inequality, Inventory, Margin, Reading
 from cila_bound.theorem import Theorem1, theorem1
 
-StepName = Literal["theorem1", "linear", "saturating", "pinsker", "moment", "best", "pointwise"]
-Chain = Literal["full", "refreshed"]
-Data = Literal["heldout", "training"]
+StepName = Literal["theorem1", ChainStep]
 
 ASSUMPTIONS: dict[str, str] = {
     "theorem1": "L_train, lambda and mixture weights of every task; every past task has data and lambda > 0",
@@ -34,26 +24,8 @@ ASSUMPTIONS: dict[str, str] = {
     "moment": "L_con of each task's own model; drift on that task's tuples at every later step",
     "best": "as pinsker and moment together; the tightest of linear, saturating, pinsker and moment at every step",
     "pointwise": "per-tuple contrastive loss and drift of the last step",
+    "direct": "L_con of the last model on every task's tuples: no inequality, what measuring itself would give",
 }
-
-
-class Interval(NamedTuple):
-    """A mean known to lie in [lower, upper]; both are the logged mean unless a margin was asked for."""
-
-    lower: float
-    upper: float
-
-
-class Margin(NamedTuple):
-    """How far logged means are moved outwards: standard errors, and a share of 1 + mean."""
-
-    standard_errors: float
-    rounding: float
-
-    def around(self, statistic: Statistic, n_effective: int, low: float, high: float) -> Interval:
-        """The statistic's mean with the margin on both sides, moved into [low, high]."""
-        reach = self.standard_errors * standard_error(statistic, n_effective) + self.rounding * (1.0 + statistic.mean)
-        return Interval(min(max(statistic.mean - reach, low), high), max(min(statistic.mean + reach, high), low))
 
 
 @dataclass(frozen=True)
@@ -62,9 +34,13 @@ class Certificate:
 
     ``per_task`` and ``lower_per_task`` are clipped to [floor, ceiling]; ``unclipped_per_task`` is the same upper
     chain without clipping. ``total`` bounds the population loss sum_i L_con(f_T; D_i) and ``unclipped_total`` is the
-    same unclipped (may be infinite); ``tightness`` is that of the clipped bound. ``kind`` is "plug_in": logged means
-    stand for population means, so this is an estimate of the bound, with no statement of confidence. ``measured`` holds
-    the mean of the log's test records (None where there is none).
+    same unclipped (may be infinite); ``tightness`` is that of the clipped bound. ``measured`` holds the mean of the
+    log's test records (None where there is none).
+
+    ``kind`` is "plug_in": logged means stand for population means, so this is an estimate of the bound, with no
+    statement of confidence. Or it is "certificate": with probability ``confidence`` or more over the draw of the
+    held-out tuples, all bounds of all tasks, upper and lower, hold at once. It rests on ``statements``, one-sided
+    confidence bounds on means, each of which fails with probability ``delta`` at most (union bound).
     """
 
     step: StepName
@@ -82,7 +58,11 @@ class Certificate:
     measured: tuple[float | None, ...]
     assumptions: tuple[str, ...]
     theorem: Theorem1 | None = None
-    kind: Literal["plug_in"] = "plug_in"
+    kind: Literal["plug_in", "certificate"] = "plug_in"
+    confidence: float | None = None
+    selections: int = 1
+    delta: float | None = None
+    statements: tuple[ConfidenceStatement, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -126,6 +106,9 @@ def certify(
     chain: Chain = "full",
     data: Data = "heldout",
     after_task: int | None = None,
+    confidence: float | None = None,
+    inequality: Inequality = "auto",
+    selections: int = 1,
     standard_errors: float = 0.0,
     rounding: float = 0.0,
 ) -> Certificate:
@@ -133,18 +116,34 @@ def certify(
 
     ``data="heldout"`` uses held-out tuples throughout; ``"training"`` the training tuples of each new task and the
     buffer tuples of past ones, which the models were fitted to. "theorem1" uses the logged training losses, whatever
-    ``data`` says, and its certificate says "training". ``after_task`` is T (default: the last task in the log).
-    Every logged mean m is first moved outwards by ``standard_errors`` of its standard errors and ``rounding`` x
-    (1 + m): all bounds are monotone in the logs, so this widens both sides.
+    ``data`` says, and its result says "training". ``after_task`` is T (default: the last task in the log).
 
-    Raises ValueError for an unknown name or a chain that the step has not ("pointwise" exists refreshed only,
-    "theorem1" full only), and LookupError for a record that the log does not hold.
+    Without ``confidence`` the result is a plug-in estimate. Every logged mean m is first moved outwards by
+    ``standard_errors`` of its standard errors (as Student's t requires for few tuples) and ``rounding`` x (1 + m): all
+    bounds are monotone in the logs, so this widens both sides.
+
+    With ``confidence`` in (0, 1), such as 0.95, it is a certificate: every end of a mean that the bound uses is
+    replaced by a one-sided confidence bound at level delta = (1 - confidence) / (ends used x ``selections``).
+    ``inequality`` is that of :mod:`cila_bound.concentration`; "auto" takes betting where the log holds the values of
+    single tuples, and else Chernoff's bound. ``selections``: how many models these held-out tuples chose this one from
+    (variants compared on them, updates they let pass or refused): the bound then holds for any of them.
+
+    Raises ValueError for an unknown name, a chain that the step has not ("pointwise" and "direct" exist refreshed only,
+    "theorem1" full only), a confidence outside (0, 1), and for a certificate on training data, which are no sample that
+    the model is independent of; and LookupError for a record that the log does not hold.
     """
-    for name, value, legal in (("step", step, StepName), ("chain", chain, Chain), ("data", data, Data)):
+    for name, value, legal in (
+        ("step", step, StepName),
+        ("chain", chain, Chain),
+        ("data", data, Data),
+        ("inequality", inequality, Inequality),
+    ):
         if value not in get_args(legal):
             raise ValueError(f"{name} must be one of {', '.join(get_args(legal))}, got {value!r}")
-    if step == "pointwise" and chain != "refreshed":
-        raise ValueError('step "pointwise" needs chain="refreshed": per-tuple values cannot be chained over tasks')
+    if step in ("pointwise", "direct") and chain != "refreshed":
+        raise ValueError(
+            f'step "{step}" needs chain="refreshed": what it is computed from cannot be chained over tasks'
+        )
     if step == "theorem1" and chain != "full":
         raise ValueError('step "theorem1" needs chain="full": it uses the training losses of all tasks')
     for name, share in (("standard_errors", standard_errors), ("rounding", rounding)):
@@ -153,42 +152,68 @@ def certify(
     last = log.last_task if after_task is None else after_task
     if not 1 <= last <= len(log.header.tasks):
         raise ValueError(f"after_task must be in 1..{len(log.header.tasks)} and logged, got {last}")
+    if confidence is not None:
+        _check_confidence(confidence, selections, step, data, standard_errors, rounding)
 
-    geometry = log.geometry
-    theorem = _theorem1(log, last) if step == "theorem1" else None
-    if theorem is not None:
-        others = (last - 1) * geometry.floor
-        unclipped = [theorem.upper - others] * last
-        upper = [geometry.clip(value) for value in unclipped]
-        lower = [geometry.clip(theorem.lower - (last - 1) * geometry.ceiling)] * last
-        totals = theorem.clipped_upper, theorem.clipped_lower, theorem.upper
-    else:
-        margin = Margin(standard_errors, rounding)
-        chains = [_chain(log, task, last, step, chain, data, margin) for task in range(1, last + 1)]
-        upper = [bound.upper for bound, _ in chains]
-        lower = [bound.lower for bound, _ in chains]
-        unclipped = [value for _, value in chains]
-        totals = math.fsum(upper), math.fsum(lower), math.fsum(unclipped)
+    if step == "theorem1":
+        return _of_theorem1(log, last, chain)
+
+    def bounds(reading: Reading) -> list[Interval]:
+        return [evaluate(log, task, last, step, chain, data, reading) for task in range(1, last + 1)]
+
+    reading: Margin | Confidence = Margin(standard_errors, rounding)
+    delta = None
+    if confidence is not None:
+        inventory = Inventory()
+        bounds(inventory)
+        delta = (1.0 - confidence) / (len(inventory.asked) * selections)
+        reading = Confidence(delta, inequality)
+    found = bounds(reading)
+    statements = tuple(reading.statements.values()) if isinstance(reading, Confidence) else ()
     return Certificate(
         step=step,
         chain=chain,
-        data="training" if theorem is not None else data,
+        data=data,
         after_task=last,
-        geometry=geometry,
+        geometry=log.geometry,
         tasks=log.header.tasks[:last],
-        per_task=tuple(upper),
-        lower_per_task=tuple(lower),
-        unclipped_per_task=tuple(unclipped),
-        total=totals[0],
-        lower_total=totals[1],
-        unclipped_total=totals[2],
-        measured=tuple(_measured(log, last, task) for task in range(1, last + 1)),
-        assumptions=_assumptions(step, chain, data),
-        theorem=theorem,
+        per_task=tuple(bound.upper for bound in found),
+        lower_per_task=tuple(bound.lower for bound in found),
+        unclipped_per_task=tuple(bound.unclipped for bound in found),
+        total=math.fsum(bound.upper for bound in found),
+        lower_total=math.fsum(bound.lower for bound in found),
+        unclipped_total=math.fsum(bound.unclipped for bound in found),
+        measured=_measured(log, last),
+        assumptions=_assumptions(step, chain, data, statements, selections),
+        kind="plug_in" if confidence is None else "certificate",
+        confidence=confidence,
+        selections=selections,
+        delta=delta,
+        statements=statements,
     )
 
 
-def _assumptions(step: StepName, chain: Chain, data: Data) -> tuple[str, ...]:
+def _check_confidence(
+    confidence: float, selections: int, step: StepName, data: Data, standard_errors: float, rounding: float
+) -> None:
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must be in (0, 1), such as 0.95, got {confidence!r}")
+    if selections < 1:
+        raise ValueError(f"selections must be at least 1, the model itself, got {selections!r}")
+    if step == "theorem1" or data == "training":
+        source = "theorem1 takes training losses" if step == "theorem1" else 'data="training"'
+        raise ValueError(
+            f"no certificate at confidence {confidence:g}: {source}, measured on the samples that the models were "
+            "fitted to, which say nothing of new ones at any confidence; leave confidence out for the plug-in "
+            "estimate, or use a step on held-out tuples"
+        )
+    if standard_errors or rounding:
+        raise ValueError("standard_errors and rounding are margins of estimates: leave them out with a confidence")
+
+
+def _assumptions(
+    step: StepName, chain: Chain, data: Data, statements: tuple[ConfidenceStatement, ...] = (), selections: int = 1
+) -> tuple[str, ...]:
     source = {
         "heldout": "held-out tuples of every task, past tasks included",
         "training": "training and buffer tuples, which the models were fitted to: no unbiased sample",
@@ -200,169 +225,60 @@ def _assumptions(step: StepName, chain: Chain, data: Data) -> tuple[str, ...]:
         if chain == "refreshed"
         else []
     )
+    worth = ["plug-in: logged means stand for population means, no confidence level"]
+    if statements:
+        used = sorted({statement.inequality for statement in statements})
+        worth = [
+            "the held-out tuples of a task are independent draws of its law, worth n_effective each time they share "
+            "samples, and the models do not depend on them",
+            f"they chose the model among {selections}" if selections > 1 else "they chose no model or setting",
+            f"{len(statements)} one-sided confidence bounds on means, by {' and '.join(used)}, together (union bound)",
+        ]
     return (
         "unit-norm embeddings, one temperature and one number of negatives for teacher and student",
         ASSUMPTIONS[step],
         *restart,
         source,
-        "plug-in: logged means stand for population means, no confidence level",
+        *worth,
     )
 
 
-def _theorem1(log: LossLog, last: int) -> Theorem1:
+def _of_theorem1(log: LossLog, last: int, chain: Chain) -> Certificate:
+    geometry = log.geometry
     records = [log.training(t) for t in range(1, last + 1)]
-    return theorem1(
+    theorem = theorem1(
         [record.loss for record in records],
         [record.distill_weight for record in records],
         [record.mixture_weights for record in records],
-        log.geometry,
+        geometry,
         contrastive_weights=[record.contrastive_weight for record in records],
         contrastive_over="current" if all(record.contrastive_over == "current" for record in records) else "mixture",
     )
-
-
-def _measured(log: LossLog, last: int, task: int) -> float | None:
-    try:
-        return log.test(last, task).contrastive.mean
-    except LookupError:
-        return None
-
-
-class _State(NamedTuple):
-    """What is known of f_t on D_i: an interval for its contrastive loss and an upper bound on its miss probability."""
-
-    contrastive: Interval
-    miss: float
-
-
-class _Update(NamedTuple):
-    """The log of one step on D_i."""
-
-    distillation: Interval
-    drift: Interval
-    tuples: TupleValues | None
-    n_effective: int
-    margin: Margin
-
-
-def _chain(
-    log: LossLog, task: int, last: int, step: StepName, chain: Chain, data: Data, margin: Margin
-) -> tuple[Interval, float]:
-    """The clipped interval for L_con(f_T; D_i) and its unclipped upper end."""
-    geometry = log.geometry
-
-    def record(t: int) -> Measurement:
-        split: Split = "heldout" if data == "heldout" else "train" if t == task else "buffer"
-        return log.measurement(t, task, split)
-
-    refreshed = chain == "refreshed" and last > task
-    source = record(last if refreshed else task)
-    contrastive = source.teacher_contrastive if refreshed else source.contrastive
-    miss = source.teacher_miss_probability if refreshed else source.miss_probability
-    assert contrastive is not None and miss is not None  # Measurement.check: task < after_task has teacher fields
-    state = _State(
-        margin.around(contrastive, source.n_effective, geometry.floor, geometry.ceiling),
-        margin.around(miss, source.n_effective, 1.0 - geometry.p_max, 1.0 - geometry.p_min).upper,
-    )
-    updates = [_update(record(t), margin, geometry) for t in range(last if refreshed else task + 1, last + 1)]
-    clipped = _run(state, updates, step, geometry, clip=True)
-    if step in ("moment", "best"):  # never leave the range
-        return clipped, clipped.upper
-    return clipped, _run(state, updates, step, geometry, clip=False).upper
-
-
-def _run(state: _State, updates: Sequence[_Update], step: StepName, geometry: Geometry, *, clip: bool) -> Interval:
-    rule = _RULES[step]
-    for update in updates:
-        lower, upper = rule(state, update, geometry)
-        miss = state.miss + math.sqrt(update.drift.upper / 2.0)
-        if clip:
-            lower, upper = max(lower, geometry.floor), min(upper, geometry.ceiling)
-            miss = min(miss, 1.0 - geometry.p_min)
-        if step == "best":
-            miss = min(miss, -math.expm1(-upper))
-        state = _State(Interval(lower, upper), miss)
-    return state.contrastive
-
-
-def _update(record: Measurement, margin: Margin, geometry: Geometry) -> _Update:
-    assert record.distillation is not None and record.drift is not None  # Measurement.check, as above
-    return _Update(
-        margin.around(record.distillation, record.n_effective, geometry.floor, geometry.ceiling),
-        margin.around(record.drift, record.n_effective, 0.0, geometry.ceiling),
-        record.tuples,
-        record.n_effective,
-        margin,
+    alone = theorem.upper - (last - 1) * geometry.floor
+    return Certificate(
+        step="theorem1",
+        chain=chain,
+        data="training",
+        after_task=last,
+        geometry=geometry,
+        tasks=log.header.tasks[:last],
+        per_task=(geometry.clip(alone),) * last,
+        lower_per_task=(geometry.clip(theorem.lower - (last - 1) * geometry.ceiling),) * last,
+        unclipped_per_task=(alone,) * last,
+        total=theorem.clipped_upper,
+        lower_total=theorem.clipped_lower,
+        unclipped_total=theorem.upper,
+        measured=_measured(log, last),
+        assumptions=_assumptions("theorem1", chain, "training"),
+        theorem=theorem,
     )
 
 
-def standard_error(statistic: Statistic, n_effective: int) -> float:
-    """sqrt(variance / n_effective), nats."""
-    return math.sqrt(statistic.variance / n_effective)
-
-
-def _linear(state: _State, update: _Update, geometry: Geometry) -> Interval:
-    return _around_distillation(linear_step, update, contrastive=state.contrastive.upper, geometry=geometry)
-
-
-def _saturating(state: _State, update: _Update, geometry: Geometry) -> Interval:
-    return _around_distillation(saturating_step, update, contrastive=state.contrastive.upper, geometry=geometry)
-
-
-def _pinsker(state: _State, update: _Update, geometry: Geometry) -> Interval:
-    logged = {"miss_probability": state.miss, "drift": update.drift.upper, "geometry": geometry}
-    return _around_distillation(pinsker_step, update, **logged)
-
-
-def _around_distillation(inequality: Callable[..., Step], update: _Update, **logged: Any) -> Interval:
-    """A step of the form L_dis -+ slack, each side at its own end of the interval for L_dis."""
-    low, high = update.distillation
-    return Interval(inequality(distillation=low, **logged).lower, inequality(distillation=high, **logged).upper)
-
-
-_solve_lower, _solve_upper = (functools.lru_cache(maxsize=4096)(solve) for solve in (solve_lower, solve_upper))
-
-
-def _moment(state: _State, update: _Update, geometry: Geometry) -> Interval:
-    """The two sides of moment_step, each at its own end of the interval for L_con(f_{t-1})."""
-    low, high = map(geometry.clip, state.contrastive)
-    drift = update.drift.upper
-    return Interval(_solve_lower(low, drift, geometry).bound, _solve_upper(high, drift, geometry).bound)
-
-
-def _best(state: _State, update: _Update, geometry: Geometry) -> Interval:
-    bounds = [rule(state, update, geometry) for rule in (_linear, _saturating, _pinsker, _moment)]
-    return Interval(max(bound.lower for bound in bounds), min(bound.upper for bound in bounds))
-
-
-def _pointwise(state: _State, update: _Update, geometry: Geometry) -> Interval:
-    if update.tuples is None:
-        raise LookupError(
-            "the log has no per-tuple values at the last step: run with per-tuple logging for the pointwise step"
-        )
-    rounding = update.margin.rounding  # a tuple's bound is monotone in its drift and one-sided in its loss
-    contrastive = np.asarray(update.tuples.teacher_contrastive)
-    drift = np.clip(np.asarray(update.tuples.drift) * (1.0 + rounding) + rounding, 0.0, geometry.ceiling)
-
-    def side(loss: np.ndarray) -> PointwiseStep:
-        return pointwise_step(
-            contrastive=np.clip(loss, geometry.floor, geometry.ceiling), drift=drift, geometry=geometry
-        )
-
-    lower = side(contrastive - rounding * (1.0 + contrastive)).lower_per_tuple
-    upper = side(contrastive + rounding * (1.0 + contrastive)).upper_per_tuple
-    errors = update.margin._replace(rounding=0.0)
-    return Interval(
-        errors.around(Statistic.of(lower), update.n_effective, -math.inf, math.inf).lower,
-        errors.around(Statistic.of(upper), update.n_effective, -math.inf, math.inf).upper,
-    )
-
-
-_RULES: dict[str, Callable[[_State, _Update, Geometry], Interval]] = {
-    "linear": _linear,
-    "saturating": _saturating,
-    "pinsker": _pinsker,
-    "moment": _moment,
-    "best": _best,
-    "pointwise": _pointwise,
-}
+def _measured(log: LossLog, last: int) -> tuple[float | None, ...]:
+    losses: list[float | None] = []
+    for task in range(1, last + 1):
+        try:
+            losses.append(log.test(last, task).contrastive.mean)
+        except LookupError:
+            losses.append(None)
+    return tuple(losses)

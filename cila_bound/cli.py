@@ -11,8 +11,10 @@ import warnings
 from collections.abc import Sequence
 from typing import get_args
 
-from cila_bound.certificate import Chain, Data, StepName
+from cila_bound.certificate import StepName
+from cila_bound.chain import Chain, Data
 from cila_bound.losslog import read_log
+from cila_bound.means import Inequality
 from cila_bound.report import Report
 
 _EPILOG = """\
@@ -40,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 chains=get_args(Chain) if options.chain == "both" else (options.chain,),
                 data=options.data,
                 after_task=options.after_task,
+                confidence=options.confidence,
+                inequality=options.inequality,
+                selections=options.selections,
                 sigmas=options.sigmas,
             )
         except (OSError, ValueError, LookupError) as error:
@@ -81,6 +86,25 @@ def _parser() -> argparse.ArgumentParser:
         help="tuples that the bounds are computed from (default: heldout)",
     )
     add("--after-task", type=int, metavar="T", help="bound the model after task T (default: the last one logged)")
+    add(
+        "--confidence",
+        type=float,
+        metavar="P",
+        help="certificates that hold with this probability, such as 0.95, instead of plug-in estimates",
+    )
+    add(
+        "--inequality",
+        choices=get_args(Inequality),
+        default="auto",
+        help="of the confidence bounds (default: betting where values of single tuples are logged, else chernoff)",
+    )
+    add(
+        "--selections",
+        type=int,
+        default=1,
+        metavar="N",
+        help="models that the held-out tuples chose this one from; the certificate then holds for any (default: 1)",
+    )
     add("--sigmas", type=_sigmas, default=3.0, help="standard errors of room before a bound is violated (default: 3)")
     add("--json", action="store_true", help="one JSON object per log instead of tables")
     return parser

@@ -80,10 +80,32 @@ class Header:
 
 @dataclass(frozen=True)
 class TupleValues:
-    """Per-tuple values of one measurement, in the same order: what the pointwise step needs."""
+    """Per-tuple values of one measurement, in the same order; those that are not logged are null or left out.
 
-    teacher_contrastive: tuple[float, ...]
-    drift: tuple[float, ...]
+    The pointwise step needs ``teacher_contrastive`` and ``drift``; confidence bounds by betting need the statistic that
+    they are about. If n is a multiple of n_effective, the values are rounds of n_effective independent tuples each.
+    ``block``: so many consecutive tuples of a round have the task's mean on average, such as one anchor of each class
+    in turn; 1 if each tuple has.
+    """
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset(
+        {"contrastive", "teacher_contrastive", "distillation", "drift", "block"}
+    )
+    teacher_contrastive: tuple[float, ...] | None = None
+    drift: tuple[float, ...] | None = None
+    contrastive: tuple[float, ...] | None = None
+    distillation: tuple[float, ...] | None = None
+    block: int = 1
+
+    def column(self, statistic: str) -> tuple[float, ...] | None:
+        """The values of one statistic of the measurement, None if they are not logged; those of a miss probability
+        follow from the loss.
+        """
+        if statistic.endswith("miss_probability"):
+            losses = self.column(statistic.replace("miss_probability", "contrastive"))
+            return None if losses is None else tuple(-math.expm1(-loss) for loss in losses)
+        values: tuple[float, ...] | None = getattr(self, statistic, None)
+        return values
 
 
 @dataclass(frozen=True)
@@ -153,14 +175,21 @@ class Measurement:
                 self.teacher_entropy.mean + self.drift.mean,
             )
         if self.tuples is not None:
-            if not present:
-                raise ValueError("tuples is set without teacher fields: log null")
-            for name, (low, high) in (("teacher_contrastive", loss), ("drift", (0.0, geometry.ceiling))):
-                values = getattr(self.tuples, name)
-                if len(values) != self.n:
-                    raise ValueError(f"tuples.{name} has {len(values)} values for n = {self.n} tuples")
-                mean = float(checked_array(f"tuples.{name}", values, low, high, _ROUNDING).mean())
-                _check_sum(f"{name}.mean", getattr(self, name).mean, f"the mean of tuples.{name}", mean)
+            self._check_tuples(self.tuples, ranges)
+
+    def _check_tuples(self, tuples: TupleValues, ranges: Mapping[str, tuple[float, float]]) -> None:
+        if tuples.block < 1:
+            raise ValueError(f"tuples.block must be at least 1, got {tuples.block}")
+        for name in ("contrastive", "teacher_contrastive", "distillation", "drift"):
+            values, statistic = getattr(tuples, name), getattr(self, name)
+            if values is None:
+                continue
+            if statistic is None:
+                raise ValueError(f"tuples.{name} is set without {name}: log null")
+            if len(values) != self.n:
+                raise ValueError(f"tuples.{name} has {len(values)} values for n = {self.n} tuples")
+            mean = float(checked_array(f"tuples.{name}", values, *ranges[name], _ROUNDING).mean())
+            _check_sum(f"{name}.mean", statistic.mean, f"the mean of tuples.{name}", mean)
 
 
 @dataclass(frozen=True)
@@ -266,7 +295,7 @@ def _build(cls: type[Any], data: Mapping[str, Any], where: str) -> Any:
         if name not in fields:
             raise ValueError(f"unknown field {name!r} in {where}: remove it; legal fields are {', '.join(fields)}")
     for name in fields:
-        if name not in data:
+        if name not in data and name not in getattr(cls, "OPTIONAL", ()):
             raise ValueError(f"missing field {name!r} in {where}: write it, as null if it does not apply")
     hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
     return cls(**{name: _convert(value, hints[name], name) for name, value in data.items()})

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from cila_bound.certificate import ASSUMPTIONS, Certificate, Chain, Data, StepName, certify, standard_error
+from cila_bound.certificate import ASSUMPTIONS, Certificate, StepName, certify
+from cila_bound.chain import Chain, Data
 from cila_bound.losslog import LossLog
+from cila_bound.means import Inequality, standard_error
+from cila_bound.planning import tuples_needed
 from cila_bound.violations import Violation, find_violations
 
 _MEANING = {"full": "from each task's own model, one step per later task", "refreshed": "the last step alone"}
@@ -34,22 +37,35 @@ class Report:
         chains: Sequence[Chain] = ("full", "refreshed"),
         data: Data = "heldout",
         after_task: int | None = None,
+        confidence: float | None = None,
+        inequality: Inequality = "auto",
+        selections: int = 1,
         sigmas: float = 3.0,
     ) -> Report:
-        """Evaluates ``steps`` (default: all that the log holds records for) on ``chains``.
+        """Evaluates ``steps`` (default: all that the log holds records for) on ``chains``, as estimates or, with a
+        ``confidence``, as certificates.
 
-        Raises ValueError if nothing can be evaluated, and LookupError if a step that was asked for lacks records.
+        Raises ValueError if nothing can be evaluated or what was asked for cannot be certified, and LookupError if a
+        step that was asked for lacks records.
         """
+        options: dict[str, Any] = {"data": data, "after_task": after_task}
+        if confidence is not None:
+            options |= {"confidence": confidence, "inequality": inequality, "selections": selections}
         if log.last_task == 0:
             raise ValueError("the log holds a header and no records: train at least one task")
         certificates: list[Certificate] = []
         skipped: list[str] = []
         for chain in chains:
             for step in steps or get_args(StepName):
-                if (step, chain) in (("theorem1", "refreshed"), ("pointwise", "full")):
+                if (step, chain) in (("theorem1", "refreshed"), ("pointwise", "full"), ("direct", "full")):
+                    continue
+                if step == "direct" and confidence is None and not steps:
+                    continue  # the held-out loss itself: of use beside certificates only
+                if step == "theorem1" and confidence is not None and not steps:
+                    skipped.append(f"{step} ({chain}): it takes training losses, which no certificate can rest on")
                     continue
                 try:
-                    certificates.append(certify(log, step, chain=chain, data=data, after_task=after_task))
+                    certificates.append(certify(log, step, chain=chain, **options))
                 except LookupError as error:
                     if steps:
                         raise
@@ -90,7 +106,7 @@ class Report:
         lines = [
             f"{title}: {header.method}, seed {header.seed}, after task {first.after_task} of {len(header.tasks)}",
             f"temperature {header.temperature:g}, {negatives}; floor {geometry.floor:.4g}, "
-            f"chance {geometry.chance:.4g}, ceiling {geometry.ceiling:.4g} nats; plug-in, no confidence level",
+            f"chance {geometry.chance:.4g}, ceiling {geometry.ceiling:.4g} nats; {_worth(first)}",
         ]
         for chain in get_args(Chain):
             columns = [c for c in self.certificates if c.chain == chain]
@@ -106,7 +122,34 @@ class Report:
         ]
         lines += [f"  {step:<10}  {ASSUMPTIONS[step]}" for step in dict.fromkeys(c.step for c in self.certificates)]
         lines += [f"not evaluated: {reason}" for reason in self.skipped]
+        if first.confidence is not None:
+            lines += ["", *self._grounds()]
         return "\n".join([*lines, "", *self._verdict()])
+
+    def _grounds(self) -> list[str]:
+        """What each certificate rests on, and how many tuples would be needed for more."""
+        lines = ["rests on, and independent tuples a task needed for every task's bound below ceiling / chance:"]
+        for c in self.certificates:
+            assert c.confidence is not None and c.delta is not None
+            needed = [
+                tuples_needed(
+                    self.log,
+                    c.step,
+                    chain=c.chain,
+                    below=below,
+                    confidence=c.confidence,
+                    selections=c.selections,
+                    after_task=c.after_task,
+                )
+                for below in (self.log.geometry.ceiling, self.log.geometry.chance)
+            ]
+            used = " and ".join(sorted({statement.inequality for statement in c.statements}))
+            numbers = " / ".join("none suffices" if n is None else f"{n:,}" for n in needed)
+            lines.append(
+                f"  {c.step + ', ' + c.chain:<21}  {len(c.statements)} one-sided bounds on means, each wrong with "
+                f"probability <= {c.delta:.2g} ({used}); {numbers}"
+            )
+        return lines
 
     def _verdict(self) -> list[str]:
         lines = []
@@ -171,6 +214,13 @@ class Report:
         return f"{test.contrastive.mean:.4g} +- {standard_error(test.contrastive, test.n_effective):.2g}"
 
 
+def _worth(certificate: Certificate) -> str:
+    if certificate.confidence is None:
+        return "plug-in, no confidence level"
+    among = f" for any of {certificate.selections} models" if certificate.selections > 1 else ""
+    return f"certified: each column holds with probability >= {certificate.confidence:g}{among}"
+
+
 def _task_cell(c: Certificate, index: int) -> str:
     bound = c.unclipped_per_task[index] if c.vacuous[index] else c.per_task[index]
     return _cell(bound, c.vacuous[index], c.tightness[index])
@@ -185,6 +235,7 @@ def _cell(bound: float, vacuous: bool, tightness: float | None) -> str:
 def _certificate_json(certificate: Certificate) -> dict[str, Any]:
     fields = {field.name: getattr(certificate, field.name) for field in dataclasses.fields(certificate)}
     del fields["geometry"]  # the report says it once
+    fields["statements"] = [dataclasses.asdict(statement) for statement in certificate.statements]
     if certificate.theorem is not None:
         theorem = certificate.theorem
         fields["theorem"] = {name: getattr(theorem, name) for name in ("alpha", "eta", "gammas", "terms")}

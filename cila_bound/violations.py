@@ -8,8 +8,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from cila_bound.certificate import Certificate, certify, standard_error
+from cila_bound.certificate import Certificate, certify
 from cila_bound.losslog import LossLog
+from cila_bound.means import allowance
 
 ROUNDING = 1e-6  # relative error of logged means that the check on a bound's own tuples allows, as of float32 code
 
@@ -34,22 +35,24 @@ class Violation:
 def find_violations(log: LossLog, certificate: Certificate, sigmas: float = 3.0) -> tuple[Violation, ...]:
     """All violations of a certificate of this log, empty if it holds.
 
-    Test losses have a margin of ``sigmas`` standard errors, and so has every logged mean in the bound they are compared
-    with. With ``fixed_tuples`` and held-out data the bound is also compared with the loss on its own tuples, where it
-    holds without sampling error: the margin is rounding.
+    Test losses have a margin of ``sigmas`` standard errors (for few tuples, enlarged as Student's t is), and so has
+    every logged mean in a plug-in bound that they are compared with; a certificate at a confidence has its own. With
+    ``fixed_tuples`` and held-out data the bound is also compared with the loss on its own tuples, where it holds
+    without sampling error: the margin is rounding.
     """
 
-    def widened(**margin: float) -> Certificate:
+    def widened(*, standard_errors: float = 0.0, rounding: float = 0.0) -> Certificate:
         return certify(
             log,
             certificate.step,
             chain=certificate.chain,
             data=certificate.data,
             after_task=certificate.after_task,
-            **margin,
+            standard_errors=standard_errors,
+            rounding=rounding,
         )
 
-    wide = widened(standard_errors=sigmas)
+    wide = widened(standard_errors=sigmas) if certificate.kind == "plug_in" else certificate
     found: list[Violation] = []
     means, margins = [], []
     for task, name in enumerate(certificate.tasks, start=1):
@@ -57,7 +60,7 @@ def find_violations(log: LossLog, certificate: Certificate, sigmas: float = 3.0)
             continue
         test = log.test(certificate.after_task, task)
         means.append(test.contrastive.mean)
-        margins.append(sigmas * standard_error(test.contrastive, test.n_effective))
+        margins.append(allowance(test.contrastive, test.n_effective, sigmas))
         bounds = wide.lower_per_task[task - 1], wide.per_task[task - 1]
         found += _outside(name, means[-1], margins[-1], *bounds, "test")
     if len(means) == len(certificate.tasks):  # tasks may share images: errors add up, not their squares

@@ -23,6 +23,7 @@ from experiments.models import ModelName
 StreamName = Literal["digits", "rotated-digits", "rotated-mnist", "seq-cifar10", "seq-tiny-imagenet", "custom"]
 Schedule = Literal["full", "short"]
 Scenario = Literal["class-incremental", "rotations", "task-column"]
+LogTuples = Literal["none", "last", "all"]
 
 _LEAST = {
     "seed": 0,
@@ -148,8 +149,9 @@ class RunConfig:
     """Times that a task's samples are shuffled and cut into disjoint tuples."""
     max_tuples: int = 1000
     """Disjoint tuples of a round, at most."""
-    log_tuples: bool = True
-    """Whether losses.jsonl holds the final model's per-tuple values, for the pointwise bound."""
+    log_tuples: LogTuples = "last"
+    """Values of single held-out tuples in losses.jsonl: of the last model, for the pointwise bound; of every model, for
+    certificates by betting; or none."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -277,6 +279,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "augmentation": get_args(AugmentationName),
     "buffer": ("balanced", "reservoir"),
     "positives": ("class", "view"),
+    "log_tuples": get_args(LogTuples),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "float32", "bfloat16"),
 }

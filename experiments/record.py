@@ -10,7 +10,7 @@ import numpy as np
 from cila_bound import Geometry, LossLogWriter, Measurement, TestLoss, Training
 from cila_bound.records import Split
 from experiments.buffer import Buffer
-from experiments.config import RunConfig
+from experiments.config import LogTuples, RunConfig
 from experiments.methods import METHODS
 from experiments.seeds import numpy_rng
 from experiments.snapshot import Snapshot
@@ -39,7 +39,7 @@ class Recorder:
     """Measures models on tuples, with one number of negatives and one temperature."""
 
     def __init__(
-        self, config: RunConfig, stream: TaskStream, geometry: Geometry, fixed: FixedTuples, *, log_tuples: bool
+        self, config: RunConfig, stream: TaskStream, geometry: Geometry, fixed: FixedTuples, *, log_tuples: LogTuples
     ) -> None:
         self.config, self.stream, self.geometry, self.log_tuples = config, stream, geometry, log_tuples
         self.fixed = fixed
@@ -133,7 +133,11 @@ class Recorder:
 
     def _measurement(self, task: int, i: int, split: Split, losses: TupleLosses, tuples: Tuples) -> Measurement:
         last = task == len(self.stream.tasks)
-        per_tuple = losses.per_tuple() if self.log_tuples and last and split == "heldout" and task > i else None
+        per_tuple = None
+        if split == "heldout" and self.log_tuples == "all":
+            per_tuple = losses.per_tuple(tuples.block, "contrastive", "teacher_contrastive", "distillation", "drift")
+        elif split == "heldout" and self.log_tuples == "last" and last and task > i:
+            per_tuple = losses.per_tuple(tuples.block, "teacher_contrastive", "drift")
         return Measurement(
             task, i, split, len(tuples.index), tuples.n_effective, **losses.statistics(), tuples=per_tuple
         )

@@ -75,7 +75,7 @@ class _Run:
                 self.stream,
                 geometry,
                 fixed[geometry.n_negatives],
-                log_tuples=config.log_tuples and not position,
+                log_tuples="none" if position else config.log_tuples,
             )
             for position, geometry in enumerate(config.geometries)
         ]

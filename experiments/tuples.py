@@ -19,17 +19,21 @@ from cila_bound import Geometry, Statistic, TupleValues
 
 @dataclass(frozen=True)
 class Tuples:
-    """``index`` (n, 2 + K) into a split: anchor, positive, negatives; ``n_effective``: disjoint tuples in one round."""
+    """``index`` (n, 2 + K) into a split: anchor, positive, negatives; ``n_effective``: disjoint tuples in one round;
+    ``block``: so many consecutive ones have an anchor of each class.
+    """
 
     index: np.ndarray
     n_effective: int
+    block: int
 
 
 def draw_tuples(
     labels: np.ndarray, n_negatives: int, rounds: int, rng: np.random.Generator, *, limit: int = 1_000_000
 ) -> Tuples:
     """``rounds`` times: shuffle the samples and cut them into disjoint tuples, ``limit`` at most, anchor classes in
-    turn. A class with a single sample has negatives only.
+    turn, each as often as the others (unless samples or limit do not suffice for one of each). A class with a single
+    sample has negatives only.
 
     Within a round the tuples are independent, and the mean over rounds is no worse than the mean of one (Hoeffding
     1963, section 5), so the mean is worth the tuples of one round: ``n_effective``.
@@ -43,7 +47,10 @@ def draw_tuples(
             f"{len(labels)} samples of {len(np.unique(labels))} classes form no tuple of a positive pair and "
             f"{n_negatives} negatives of other classes: give more samples or lower n_negatives"
         )
-    return Tuples(np.array([row for part in drawn for row in part[:size]], dtype=np.int64), size)
+    n_anchor_classes = int(np.sum(np.unique(labels, return_counts=True)[1] > 1))
+    block = min(n_anchor_classes, size)
+    size -= size % block
+    return Tuples(np.array([row for part in drawn for row in part[:size]], dtype=np.int64), size, block)
 
 
 def _one_round(labels: np.ndarray, n_negatives: int, rng: np.random.Generator, limit: int) -> list[list[int]]:
@@ -79,12 +86,11 @@ class TupleLosses(NamedTuple):
             name: None if value is None else _rounded(Statistic.of(value)) for name, value in self._asdict().items()
         }
 
-    def per_tuple(self) -> TupleValues | None:
-        """What the pointwise bound needs, to eight digits: a tenth of the log instead of most of it."""
-        if self.teacher_contrastive is None or self.drift is None:
-            return None
-        short = [tuple(float(f"{value:.8g}") for value in values) for values in (self.teacher_contrastive, self.drift)]
-        return TupleValues(*short)
+    def per_tuple(self, block: int, *columns: str) -> TupleValues:
+        """Of the named losses, as far as they are there, to eight digits."""
+        found = {name: values for name in columns if (values := getattr(self, name)) is not None}
+        short = {name: tuple(float(f"{value:.8g}") for value in values) for name, values in found.items()}
+        return TupleValues(**short, block=block)
 
 
 def _rounded(statistic: Statistic) -> Statistic:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from cila_bound import Certificate, LossLog, certify
-from cila_bound.certificate import Chain, StepName
+from cila_bound.certificate import StepName
+from cila_bound.chain import Chain
 
 PER_TASK: dict[str, tuple[StepName, Chain]] = {
     "linear": ("linear", "full"),
@@ -50,7 +51,8 @@ class Losses:
     def has_tuples(self) -> bool:
         """Whether the per-tuple values are there that the pointwise bound needs; they are optional."""
         last = len(self.log.header.tasks)
-        return all(self.log.measurement(last, task, "heldout").tuples is not None for task in range(1, last))
+        found = (self.log.measurement(last, task, "heldout").tuples for task in range(1, last))
+        return all(tuples is not None and tuples.drift is not None for tuples in found)
 
     def bounds(self) -> list[str]:
         """The names of the per-task bounds that the log has what it takes for."""

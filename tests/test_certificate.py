@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+from scipy import stats
 
 from cila_bound import (
     LossLog,
@@ -17,7 +18,7 @@ from cila_bound import (
     saturating_step,
     theorem1,
 )
-from cila_bound.certificate import StepName, standard_error
+from cila_bound.certificate import StepName
 from cila_bound.report import Report
 from cila_bound.violations import find_violations
 from tests.simulate import simulate
@@ -165,12 +166,14 @@ def test_a_margin_widens_both_sides() -> None:
 
 
 def test_a_margin_moves_every_mean_by_its_own_standard_error() -> None:
-    """Chains against loops whose means are moved by hand; n_effective, not n, counts."""
+    """Chains against loops whose means are moved by hand; n_effective, not n, counts, by Student's t."""
     log = simulate(3, 2, 0.5, drift=0.05, n=400, n_effective=50)
     wide = {step: certify(log, step, standard_errors=2.0) for step in ("linear", "pinsker", "moment")}
+    factor = stats.t.isf(stats.norm.sf(2.0), 49)
+    assert 2.0 < factor < 2.1
 
     def moved(statistic: Statistic, sign: int = 1) -> float:
-        return statistic.mean + sign * 2.0 * math.sqrt(statistic.variance / 50)
+        return statistic.mean + sign * factor * math.sqrt(statistic.variance / 50)
 
     start, update = log.measurement(2, 2, "heldout"), log.measurement(3, 2, "heldout")
     assert wide["linear"].unclipped_per_task[1] == pytest.approx(
@@ -224,7 +227,7 @@ def with_test_loss(log: LossLog, task: int, mean: float) -> LossLog:
 def test_a_test_loss_is_a_violation_just_beyond_its_sampling_error(side: str) -> None:
     """The limit: the bound from means moved by 3 standard errors, plus 3 standard errors of the test loss."""
     log = simulate(4, 1, 0.5, drift=0.02, n=4000, n_effective=400)
-    room = 3.0 * standard_error(log.test(4, 2).contrastive, 400)
+    room = stats.t.isf(stats.norm.sf(3.0), 399) * math.sqrt(log.test(4, 2).contrastive.variance / 400)
     wide = certify(log, "moment", standard_errors=3.0)
     limit = wide.per_task[1] + room if side == "upper" else wide.lower_per_task[1] - room
     for distance, expected in ((1e-6, [("task 2", side, "test")]), (-1e-6, [])):

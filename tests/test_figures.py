@@ -41,9 +41,9 @@ PLAIN = ("cila-min", "contrastive-only", "distillation-only", "dual-price", "dua
 VARIANTS: tuple[dict[str, Any], ...] = (
     *({"method": method, **FURTHER} for method in ("cila-max", "co2l", "finetune")),
     *({"method": method} for method in ("cila-pure", *PLAIN)),
-    *({"method": "cila-pure", "kappa": kappa, "log_tuples": False} for kappa in (0.5, 4.0)),
-    *({"method": "co2l", "distill_weight": weight, "log_tuples": False} for weight in (0.1, 10.0)),
-    *({"method": method, "buffer_size": 50, "log_tuples": False} for method in ("co2l", "er")),
+    *({"method": "cila-pure", "kappa": kappa, "log_tuples": "none"} for kappa in (0.5, 4.0)),
+    *({"method": "co2l", "distill_weight": weight, "log_tuples": "none"} for weight in (0.1, 10.0)),
+    *({"method": method, "buffer_size": 50, "log_tuples": "none"} for method in ("co2l", "er")),
     {"method": "co2l", "positives": "view"},
     {"method": "co2l", "queue_size": 512},
     *(
@@ -82,7 +82,7 @@ def write_run(root: Path, config: RunConfig, *, n_tasks: int = 3, n: int = 16, d
             seed=100 * draw + config.seed,
         )
         for key, record in log._records.items():
-            if isinstance(record, Measurement) and (position or not config.log_tuples):
+            if isinstance(record, Measurement) and (position or config.log_tuples == "none"):
                 log._records[key] = dataclasses.replace(record, tuples=None)
             if isinstance(record, Training):  # lambda rises from task to task
                 rising = record.distill_weight * record.after_task / 2
@@ -128,7 +128,7 @@ def long_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     from experiments.presets import preset
 
     root = tmp_path_factory.mktemp("long")
-    base = dataclasses.replace(preset("rotated-mnist", "short"), log_tuples=False, theory_temperatures=(0.5, 1.0))
+    base = dataclasses.replace(preset("rotated-mnist", "short"), log_tuples="none", theory_temperatures=(0.5, 1.0))
     for draw, method in enumerate(("cila-max", "co2l")):
         for seed in range(2):
             config = dataclasses.replace(base, method=method, seed=seed)  # type: ignore[arg-type]

@@ -123,9 +123,12 @@ def test_tuples_are_what_they_say(n_negatives: int, n_classes: int) -> None:
     for part in np.split(tuples.index, 4):
         assert len(part) == tuples.n_effective
         assert len(np.unique(part)) == part.size
-        counts = np.bincount(labels[part[:, 0]], minlength=n_classes)
-        assert counts.max() - counts.min() <= 1
-    assert tuples.n_effective >= 0.5 * len(labels) / (n_negatives + 2)
+        if len(part) >= n_classes:  # whole cycles: every block has one anchor of each class
+            assert tuples.block == n_classes
+            assert (np.sort(labels[part[:, 0]].reshape(-1, n_classes)) == np.arange(n_classes)).all()
+        else:
+            assert tuples.block == len(part)
+    assert tuples.n_effective >= 0.5 * len(labels) / (n_negatives + 2) - n_classes
 
 
 @pytest.mark.parametrize("labels", [[], [0, 1], [0, 0], [0, 0, 1]])
@@ -137,7 +140,8 @@ def test_too_few_samples_for_a_tuple_are_refused(labels: list[int]) -> None:
 def test_tuples_are_limited_and_single_samples_serve_as_negatives() -> None:
     labels = np.array([0] * 40 + [1] * 40 + [2])
     tuples = draw_tuples(labels, 1, 3, np.random.default_rng(0), limit=5)
-    assert (tuples.n_effective, len(tuples.index)) == (5, 15)
+    assert (tuples.n_effective, len(tuples.index), tuples.block) == (4, 12, 2)
+    assert set(labels[tuples.index[:, 0]].tolist()) == {0, 1}
     few = draw_tuples(np.array([0, 0, 1]), 1, 20, np.random.default_rng(0))
     assert few.n_effective == 1
     assert set(few.index[:, 2].tolist()) == {2}

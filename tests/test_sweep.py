@@ -83,9 +83,9 @@ def test_a_spec_lists_every_combination_of_each_grid(tmp_path: Path) -> None:
         seed = 9
     """
     base = dataclasses.replace(
-        preset("rotated-digits", "short"), epochs=3, kappa=3.0, theory_temperatures=(0.5, 1.0), log_tuples=False
+        preset("rotated-digits", "short"), epochs=3, kappa=3.0, theory_temperatures=(0.5, 1.0), log_tuples="none"
     )
-    text = text.replace("epochs = 3", "epochs = 3\nlog_tuples = false")
+    text = text.replace("epochs = 3", 'epochs = 3\nlog_tuples = "none"')
     configs = load_spec(written(text.replace("[1], [1, 4]", "[1, 4]"), tmp_path))
     assert configs == [
         *(dataclasses.replace(base, method=m, seed=s) for m in ("cila-max", "co2l") for s in (4, 5)),
