@@ -109,15 +109,15 @@ def _mean(record: Measurement, name: str, geometry: Geometry, reading: Reading) 
 def _climb(
     step: ChainStep, loss: Mean, miss: Mean, updates: Sequence[_Update], geometry: Geometry, *, clip: bool
 ) -> list[_State]:
-    """The upper bounds before the first update and after each."""
+    """The upper bounds before the first update and after each; pinsker's on the loss after the last only."""
     uses_miss = step in ("pinsker", "best")
     states = [_State(math.inf if step == "pinsker" else loss.upper, miss.upper if uses_miss else math.inf)]
     for update in updates:
-        state = states[-1]
-        upper = _UPPER[step](state, update, geometry)
+        state, is_last = states[-1], update is updates[-1]
+        upper = math.inf if step == "pinsker" and not is_last else _UPPER[step](state, update, geometry)
         upper = min(upper, geometry.ceiling) if clip else upper
         missed = math.inf
-        if uses_miss and update is not updates[-1]:
+        if uses_miss and not is_last:
             missed = state.miss + math.sqrt(update.drift.upper / 2.0)
             missed = min(missed, 1.0 - geometry.p_min) if clip else missed
             if step == "best":

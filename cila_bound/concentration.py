@@ -18,14 +18,15 @@ Means, variances and n may be arrays that broadcast; delta, low and high are num
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import logsumexp, xlogy
 
-_HALVINGS = 52
+_HALVINGS = 45
+_NEWTON_STEPS = 60
+_TOLERANCE = 1e-13  # as a share of the range
 _TRUNCATION = 0.75  # the largest share of the capital that is bet
 
 
@@ -64,11 +65,8 @@ def chernoff(mean: ArrayLike, n: ArrayLike, *, delta: float, low: float, high: f
     """
     unit, size = _summary(mean, n, 1, delta, low, high)
     budget = math.log(1.0 / delta) / size
-
-    def above(share: np.ndarray) -> np.ndarray:
-        return _last(lambda y: _binary_kl(share, y) <= budget, share)
-
-    return _in_range(1.0 - above(1.0 - unit), above(unit), low, high)
+    lower, upper = _kl_gap(1.0 - unit, unit, budget), 1.0 - _kl_gap(unit, 1.0 - unit, budget)
+    return _in_range(lower, upper, low, high)
 
 
 def empirical_bernstein(
@@ -155,23 +153,31 @@ def _refuted_from(unit: np.ndarray, delta: float, block: int) -> np.ndarray:
         capital = np.log1p(np.minimum(bets, _TRUNCATION / room) * (m[..., None, None] - unit)).sum(axis=-1)
         return logsumexp(capital, axis=-1) - math.log(unit.shape[-2]) < math.log(1.0 / delta)
 
-    return _last(stands, np.zeros(unit.shape[:-2]))
-
-
-def _last(holds: Callable[[np.ndarray], np.ndarray], start: np.ndarray) -> np.ndarray:
-    """The end of the interval from ``start`` towards 1 on which ``holds``, rounded upwards; elementwise."""
-    inner, outer = np.array(start, dtype=np.float64), np.ones_like(start)
+    inner, outer = np.zeros(unit.shape[:-2]), np.ones(unit.shape[:-2])
     for _ in range(_HALVINGS):
         middle = 0.5 * (inner + outer)
-        within = holds(middle)
+        within = stands(middle)
         inner, outer = np.where(within, middle, inner), np.where(within, outer, middle)
     return outer
 
 
-def _binary_kl(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """kl of two Bernoulli laws, elementwise; inf where y is 0 or 1 and x is not."""
-    with np.errstate(divide="ignore"):
-        return xlogy(x, x) - xlogy(x, y) + xlogy(1.0 - x, 1.0 - x) - xlogy(1.0 - x, 1.0 - y)
+def _kl_gap(x: np.ndarray, rest: np.ndarray, budget: np.ndarray) -> np.ndarray:
+    """1 - y for the largest y with kl(x || y) <= budget, elementwise, rounded downwards; ``rest`` is 1 - x.
+
+    kl is convex in y, so Newton's method from above stays above. It starts at the smaller of two bounds on y, Pinsker's
+    and that of kl >= rest log(rest / gap) + x log(x).
+    """
+    with np.errstate(all="ignore"):  # no rest or a gap that underflows: y = 1
+        gap = np.maximum(rest * np.exp((xlogy(x, x) - budget) / rest), rest - np.sqrt(budget / 2.0))
+        gap = np.where(rest > 0.0, gap, 0.0)
+        for _ in range(_NEWTON_STEPS):
+            kl = xlogy(x, x / (1.0 - gap)) + xlogy(rest, rest / gap)
+            step = (kl - budget) * (1.0 - gap) * gap / (rest - gap)
+            step = np.where(step > 0.0, step, 0.0)  # also of NaN
+            gap = np.minimum(gap + step, rest)
+            if not np.any(step > _TOLERANCE):
+                break
+    return np.maximum(gap - _TOLERANCE, 0.0)
 
 
 def _summary(
@@ -197,8 +203,7 @@ def _check_level(delta: float, low: float, high: float) -> None:
 
 
 def _in_range(lower: np.ndarray, upper: np.ndarray, low: float, high: float) -> ConfidenceBounds:
-    """From shares of the range to values in it, outwards by rounding; 0-d arrays to floats."""
-    width = high - low
-    ends = low + width * (lower - 4e-15), low + width * (upper + 4e-15)
+    """From shares of the range to values in it; 0-d arrays to floats."""
+    ends = low + (high - low) * lower, low + (high - low) * upper
     clipped = (np.clip(end, low, high) for end in ends)
     return ConfidenceBounds(*(float(end) if np.ndim(end) == 0 else end for end in clipped))

@@ -101,7 +101,7 @@ class Inventory:
         self.asked: dict[tuple[object, ...], None] = {}
 
     def end(self, mean: Mean, side: Side) -> float:
-        self.asked[_key(mean, side)] = None
+        self.asked[*mean.record.key, mean.name, side] = None
         return min(max(mean.statistic.mean, mean.low), mean.high)
 
 
@@ -111,25 +111,27 @@ class Confidence:
     def __init__(self, delta: float, inequality: Inequality) -> None:
         self.delta, self.inequality = delta, inequality
         self.statements: dict[tuple[object, ...], ConfidenceStatement] = {}
+        self._bounds: dict[tuple[object, ...], tuple[ConfidenceBounds, str]] = {}
 
     def end(self, mean: Mean, side: Side) -> float:
-        key = _key(mean, side)
-        if key not in self.statements:
-            name = self._choose(mean)
-            bounds = _BOUNDS[name](mean, self.delta)
-            record = mean.record
-            self.statements[key] = ConfidenceStatement(
-                record.after_task,
-                record.task,
-                record.split,
-                mean.name,
-                side,
-                mean.statistic.mean,
-                bounds.lower if side == "lower" else bounds.upper,
-                record.n_effective,
-                name,
-            )
-        return self.statements[key].bound
+        record, key = mean.record, (*mean.record.key, mean.name)
+        if key not in self._bounds:
+            chosen = self._choose(mean)
+            self._bounds[key] = _BOUNDS[chosen](mean, self.delta), chosen
+        bounds, name = self._bounds[key]
+        end = float(bounds.lower if side == "lower" else bounds.upper)
+        self.statements[*key, side] = ConfidenceStatement(
+            record.after_task,
+            record.task,
+            record.split,
+            mean.name,
+            side,
+            mean.statistic.mean,
+            end,
+            record.n_effective,
+            name,
+        )
+        return end
 
     def _choose(self, mean: Mean) -> Inequality:
         """The choice must not depend on the values: it would have to be paid for."""
@@ -170,10 +172,6 @@ def allowance(statistic: Statistic, n_effective: int, standard_errors: float) ->
 def _student(standard_errors: float, degrees: int) -> float:
     """The quantile of Student's t that is exceeded as rarely as ``standard_errors`` are by a normal variable."""
     return max(-float(stdtrit(degrees, ndtr(-standard_errors))), standard_errors)
-
-
-def _key(mean: Mean, side: Side) -> tuple[object, ...]:
-    return *mean.record.key, mean.name, side
 
 
 def _from_hoeffding(mean: Mean, delta: float) -> ConfidenceBounds:

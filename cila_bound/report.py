@@ -16,6 +16,7 @@ from cila_bound.planning import tuples_needed
 from cila_bound.violations import Violation, find_violations
 
 _MEANING = {"full": "from each task's own model, one step per later task", "refreshed": "the last step alone"}
+_PLANNED = ("moment", "pointwise", "direct")
 _SOURCE = {"heldout": "held-out tuples", "training": "training and buffer tuples"}
 
 
@@ -128,9 +129,18 @@ class Report:
 
     def _grounds(self) -> list[str]:
         """What each certificate rests on, and how many tuples would be needed for more."""
-        lines = ["rests on, and independent tuples a task needed for every task's bound below ceiling / chance:"]
+        lines = [
+            "each column rests on one-sided confidence bounds on means",
+            "(needs: independent tuples a task for every task's bound to be below the ceiling / below chance)",
+        ]
         for c in self.certificates:
             assert c.confidence is not None and c.delta is not None
+            used = " and ".join(sorted({statement.inequality for statement in c.statements}))
+            line = f"  {c.step + ', ' + c.chain:<21}  {len(c.statements)}, each wrong with probability <= {c.delta:.2g}"
+            line = f"{line}, by {used}"
+            if c.step not in _PLANNED:
+                lines.append(line)
+                continue
             needed = [
                 tuples_needed(
                     self.log,
@@ -143,12 +153,8 @@ class Report:
                 )
                 for below in (self.log.geometry.ceiling, self.log.geometry.chance)
             ]
-            used = " and ".join(sorted({statement.inequality for statement in c.statements}))
-            numbers = " / ".join("none suffices" if n is None else f"{n:,}" for n in needed)
-            lines.append(
-                f"  {c.step + ', ' + c.chain:<21}  {len(c.statements)} one-sided bounds on means, each wrong with "
-                f"probability <= {c.delta:.2g} ({used}); {numbers}"
-            )
+            numbers = " / ".join("no number suffices" if n is None else f"{n:,}" for n in needed)
+            lines.append(f"{line} (needs {numbers})")
         return lines
 
     def _verdict(self) -> list[str]:

@@ -122,3 +122,42 @@ def simulate(
             )
         )
     return log
+
+
+class Population:
+    """Tuples of every task with their losses under each of ``n_tasks`` models, from which logs are drawn.
+
+    ``truth[t, i]`` are the exact means of all statistics of f_t on D_i. Models start good and drift, so that losses
+    have a heavy tail: most tuples are near the floor, few near the ceiling.
+    """
+
+    def __init__(self, n_tasks: int, n_negatives: int, temperature: float, *, size: int = 20_000, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.n_tasks, self.header = n_tasks, header(n_tasks, n_negatives, temperature)
+        self.values: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+        cosines = {}
+        for i in range(1, n_tasks + 1):
+            logits = tuple_logits(rng, size, n_negatives, 1.0, "good")
+            hard = rng.random(size) < 0.05
+            cosines[i] = np.where(hard[:, None], tuple_logits(rng, size, n_negatives, 1.0, "mix"), logits)
+        for t in range(1, n_tasks + 1):
+            for i in range(1, t + 1):
+                before = cosines[i]
+                if t > 1:
+                    cosines[i] = np.clip(before + rng.normal(0.0, 0.15, before.shape), -1.0, 1.0)
+                teacher = before / temperature if t > 1 else None
+                self.values[t, i] = losses(cosines[i] / temperature, teacher)
+        self.truth = {key: {name: float(v.mean()) for name, v in value.items()} for key, value in self.values.items()}
+        self.size = size
+
+    def log(self, rng: np.random.Generator, n: int, *, tuples: bool = False) -> LossLog:
+        """Held-out records of ``n`` independent tuples a task, the same after every task."""
+        log = LossLog(self.header)
+        drawn = {i: rng.integers(self.size, size=n) for i in range(1, self.n_tasks + 1)}
+        for (t, i), values in self.values.items():
+            own = {name: value[drawn[i]] for name, value in values.items()}
+            statistics = {name: Statistic.of(value) for name, value in own.items()}
+            columns = ("contrastive", "teacher_contrastive", "distillation", "drift")
+            per_tuple = TupleValues(**{name: tuple(own[name].tolist()) for name in columns if name in own})
+            log.add(Measurement(t, i, "heldout", n, n, **statistics, tuples=per_tuple if tuples else None))  # type: ignore[arg-type]
+        return log
