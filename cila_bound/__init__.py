@@ -12,7 +12,7 @@ from cila_bound.certificate import Certificate, certify
 from cila_bound.coefficients import cila_weight, dual_price_weight
 from cila_bound.concentration import ConfidenceBounds, betting, chernoff, effective_size, empirical_bernstein, hoeffding
 from cila_bound.geometry import Geometry
-from cila_bound.losslog import LogError, LogWarning, LossLog, LossLogWriter, read_log
+from cila_bound.losslog import LogError, LogWarning, LossLog, LossLogWriter, iter_log, read_log
 from cila_bound.means import ConfidenceStatement
 from cila_bound.planning import tuples_needed
 from cila_bound.records import Header, Measurement, Statistic, TestLoss, Training, TupleValues
@@ -57,6 +57,7 @@ __all__ = [
     "effective_size",
     "empirical_bernstein",
     "hoeffding",
+    "iter_log",
     "linear_step",
     "moment_step",
     "pinsker_step",

@@ -9,15 +9,18 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 from cila_bound.files import write_atomic
 from cila_bound.geometry import Geometry
 from cila_bound.records import Header, Measurement, Record, Split, TestLoss, Training, from_json, to_json
+
+MAX_RECORDS = 1_000_000  # of a log in memory: under a gigabyte
+_MAX_LINE = 2**27
 
 
 class LogError(ValueError):
@@ -53,9 +56,7 @@ class LossLog:
         """Appends a record. Raises ValueError if it is out of range, contradicts itself or repeats an earlier one."""
         record.check(self.header)
         if record.key in self._records:
-            raise ValueError(
-                f"duplicate record {_describe(record.key)}: a run logs each once; remove one of the two lines"
-            )
+            raise _duplicate(record)
         self._records[record.key] = record
 
     def measurement(self, after_task: int, task: int, split: Split) -> Measurement:
@@ -95,23 +96,38 @@ class LossLogWriter:
         if self.path.exists():
             if not resume:
                 raise FileExistsError(f"{self.path} exists: resume the run or choose another directory")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", LogWarning)
-                old = read_log(self.path)
-            self.log = LossLog(old.header)
-            if replace(old.header, versions=header.versions) != header:
-                raise LogError(
-                    f"{self.path}: line 1: the header is that of another run; resume with the same configuration"
-                )
-            kept = old.records if keep is None else old.records[:keep]
-            if keep is not None and len(kept) < keep:
-                raise LogError(
-                    f"{self.path}: has {len(kept)} records where the checkpoint knows {keep}: start the run anew"
-                )
-            for record in kept:
-                self.log.add(record)
-        self.log.write(self.path)
+            self._resume(header, keep)
+        else:
+            self.log.write(self.path)
         self._file: IO[bytes] = self.path.open("ab")
+
+    def _resume(self, header: Header, keep: int | None) -> None:
+        """Takes in what the file holds and is to be kept, which stays byte for byte, and cuts off the rest."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LogWarning)
+            old = read_log(self.path)
+        self.log = LossLog(old.header)
+        if replace(old.header, versions=header.versions) != header:
+            raise LogError(
+                f"{self.path}: line 1: the header is that of another run; resume with the same configuration"
+            )
+        kept = old.records if keep is None else old.records[:keep]
+        if keep is not None and len(kept) < keep:
+            raise LogError(
+                f"{self.path}: has {len(kept)} records where the checkpoint knows {keep}: start the run anew"
+            )
+        for record in kept:
+            self.log.add(record)
+        with self.path.open("r+b") as file:
+            size, left = 0, 1 + len(kept)
+            while left:
+                line = file.readline()
+                size, left = size + len(line), left - bool(line.strip())
+            file.truncate(size)
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+            os.fsync(file.fileno())
 
     def append(self, record: Record) -> None:
         """Validates and writes one record; ValueError if it does not fit, OSError if the disk is full."""
@@ -134,41 +150,87 @@ def read_log(path: str | os.PathLike[str]) -> LossLog:
 
     A last line without its newline that is no complete JSON object was torn by a crash: it is dropped with a
     LogWarning. Any other damage (bad JSON, missing or unknown field, NaN, a value out of its range, a duplicate
-    record, another schema version) raises LogError.
+    record, another schema version) raises LogError, and so does a log of more records than ``MAX_RECORDS``, before
+    they fill the memory: :func:`iter_log` reads that.
     """
-    log: LossLog | None = None
+    lines = iter_log(path)
+    header = next(lines)
+    assert isinstance(header, Header)  # iter_log begins with it
+    log = LossLog(header)
+    for count, record in enumerate(lines, start=1):
+        if count > MAX_RECORDS:
+            raise LogError(
+                f"{path}: line {count + 1}: more than {MAX_RECORDS:,} records are too many for memory: "
+                "read them one by one with iter_log"
+            )
+        assert not isinstance(record, Header)
+        log._records[record.key] = record
+    return log
+
+
+def iter_log(path: str | os.PathLike[str]) -> Iterator[Header | Record]:
+    """The header and then every record of a log, validated as :func:`read_log` does, one at a time: in memory that does
+    not grow with the log, but for one bit a record.
+    """
     path = Path(path)
+    header: Header | None = None
+    seen = _Seen()
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for number, line, complete in _lines(path, file):
             try:
                 record = from_json(_decode(line))
-                if log is None:
+                if header is None:
                     if not isinstance(record, Header):
                         raise ValueError("the first line must be the header")
-                    log = LossLog(record)
+                    header = record
                 elif isinstance(record, Header):
                     raise ValueError("a second header: one log holds one run; split the file")
                 else:
-                    log.add(record)
+                    record.check(header)
+                    seen.add(record)
             except _BadJsonError as error:
-                if complete or log is None:
+                if complete or header is None:
                     raise LogError(f"{path}: line {number}: {error}; restore the line or remove it") from None
                 warnings.warn(f"{path}: line {number}: the last line is torn and was dropped", LogWarning, stacklevel=2)
+                continue
             except ValueError as error:
                 raise LogError(f"{path}: line {number}: {error}") from None
-    if log is None:
+            yield record
+    if header is None:
         raise LogError(f"{path}: line 1: the file is empty; a log starts with its header")
-    return log
+
+
+class _Seen:
+    """Which records there were: a bit for each (after_task, task, kind and split)."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+
+    def add(self, record: Record) -> None:
+        """Raises ValueError if there was one with the same key."""
+        t, i = record.after_task, record.task if not isinstance(record, Training) else 1
+        place = 0 if isinstance(record, Training) else 1 if isinstance(record, TestLoss) else 2
+        if isinstance(record, Measurement):
+            place += get_args(Split).index(record.split)
+        number = (t * (t - 1) // 2 + i - 1) * 5 + place
+        byte, bit = number // 8, 1 << number % 8
+        if byte >= len(self._bits):
+            self._bits.extend(bytes(byte + 1 - len(self._bits)))
+        if self._bits[byte] & bit:
+            raise _duplicate(record)
+        self._bits[byte] |= bit
 
 
 class _BadJsonError(ValueError):
     """Not JSON at all, as a torn line is."""
 
 
-def _lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
+def _lines(path: Path, file: gzip.GzipFile | IO[bytes]) -> Iterator[tuple[int, bytes, bool]]:
     """(line number, line, whether it ends in a newline); blank lines are passed over."""
     try:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), start=1):
+            if len(line) == _MAX_LINE:
+                raise LogError(f"{path}: line {number}: longer than {_MAX_LINE:,} bytes: this is no loss log")
             if line.strip():
                 yield number, line, line.endswith(b"\n")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -195,6 +257,10 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(data) < len(pairs):
         raise ValueError(f"a field is given twice among {[name for name, _ in pairs]}")
     return data
+
+
+def _duplicate(record: Record) -> ValueError:
+    return ValueError(f"duplicate record {_describe(record.key)}: a run logs each once; remove one of the two lines")
 
 
 def _describe(key: tuple[Any, ...]) -> str:

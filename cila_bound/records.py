@@ -22,12 +22,13 @@ import numpy as np
 from cila_bound.geometry import Geometry, checked, checked_array
 
 SCHEMA_VERSION = 1
+MAX_TASKS = 10_000
 Split = Literal["train", "buffer", "heldout"]
 _ROUNDING = 1e-6  # values outside their range by this x (1 + range) are rounding
 _CONSISTENCY = 1e-4  # sums of logged means must agree to this x (1 + value): float32 training code is welcome
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Statistic:
     """Mean and unbiased variance (divisor n - 1; 0 for n = 1) of one loss over tuples."""
 
@@ -71,6 +72,8 @@ class Header:
         _check_schema(self.schema)
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"tasks must be a non-empty list of different names, got {list(self.tasks)!r}")
+        if len(self.tasks) > MAX_TASKS:
+            raise ValueError(f"tasks must be at most {MAX_TASKS:,}, got {len(self.tasks):,}")
         self.geometry  # noqa: B018  (raises on an illegal temperature or n_negatives)
 
     @property
@@ -108,7 +111,7 @@ class TupleValues:
         return values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """The losses of f_t (``after_task`` = t) on ``n`` tuples of one ``task`` i <= t, drawn from one ``split`` of its
     data.
@@ -246,7 +249,7 @@ class Training:
         _check_sum("the sum of mixture_weights", math.fsum(self.mixture_weights), "1", 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TestLoss:
     """The truth to compare with: L_con(f_t; D_i) on ``n`` test tuples that neither training nor the bound has seen."""
 

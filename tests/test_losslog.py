@@ -7,14 +7,26 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cila_bound import LogError, LogWarning, LossLogWriter, Measurement, Statistic, TestLoss, read_log
+from cila_bound import (
+    LogError,
+    LogWarning,
+    LossLog,
+    LossLogWriter,
+    Measurement,
+    Statistic,
+    TestLoss,
+    iter_log,
+    losslog,
+    read_log,
+)
 from cila_bound.records import from_json, to_json
 from tests.simulate import simulate
 
@@ -23,6 +35,10 @@ LOG = simulate(3, 2, 0.5, n=10)
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def lines_of(log: LossLog) -> list[dict]:
+    return [json.loads(json.dumps(to_json(record))) for record in (log.header, *log.records)]
 
 
 @pytest.fixture
@@ -246,6 +262,109 @@ def test_noise_gives_only_the_documented_exceptions(
             read_log(path)
         except LogError as error:
             assert re.match(rf"{re.escape(str(path))}: line \d+: .", str(error))  # noqa: PT017
+
+
+FIELDS = sorted({name for record in lines_of(LOG) for name in record})
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*FIELDS, "mean", "variance"]), inner),
+    max_leaves=6,
+)
+
+
+@given(st.integers(0, len(LOG.records)), st.sampled_from([*FIELDS, "mean", "variance"]), JSON, st.booleans())
+@settings(max_examples=400)
+def test_any_value_in_any_field_is_read_or_refused_with_its_line(
+    tmp_path_factory: pytest.TempPathFactory, line: int, name: str, value: object, inside: bool
+) -> None:
+    """Fields replaced or added, at the top or in a statistic: a valid log or a LogError, nothing else."""
+    data = lines_of(LOG)
+    target = data[line]
+    if inside and isinstance(target.get("contrastive"), dict):
+        target["contrastive"][name] = value
+    else:
+        target[name] = value
+    path = tmp_path_factory.mktemp("fuzz") / "losses.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in data))
+    try:
+        log = read_log(path)
+    except LogError as error:
+        assert re.match(rf"{re.escape(str(path))}: line \d+: .", str(error))  # noqa: PT017
+    else:
+        assert len(log.records) == len(LOG.records)
+
+
+def test_records_one_by_one_are_those_of_the_whole_log(path: Path) -> None:
+    header, *records = iter_log(path)
+    assert header == LOG.header
+    assert tuple(records) == LOG.records
+    with path.open("a") as file:
+        file.write(json.dumps(lines(path)[3]) + "\n")
+    with pytest.raises(LogError, match=f"line {len(LOG.records) + 2}: duplicate record test"):
+        list(iter_log(path))
+
+
+def test_a_long_log_is_streamed_and_too_long_a_one_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """120 tasks, 7,260 records: reading one by one takes no memory that grows with them."""
+    header = dataclasses.replace(LOG.header, tasks=tuple(f"task {i}" for i in range(120)))
+    path = tmp_path / "long.jsonl"
+    with path.open("w") as file:
+        file.write(json.dumps(to_json(header)) + "\n")
+        text = json.dumps(to_json(LOG.test(1, 1)))
+        for t in range(1, 121):
+            for i in range(1, t + 1):
+                file.write(text.replace('"after_task": 1, "task": 1', f'"after_task": {t}, "task": {i}') + "\n")
+    tracemalloc.start()
+    assert sum(1 for _ in iter_log(path)) == 1 + 120 * 121 // 2
+    assert tracemalloc.get_traced_memory()[1] < 500_000
+    tracemalloc.stop()
+    monkeypatch.setattr(losslog, "MAX_RECORDS", 1000)
+    with pytest.raises(LogError, match=r"line 1002: more than 1,000 records are too many for memory: .* iter_log"):
+        read_log(path)
+
+
+def test_an_endless_line_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losslog, "_MAX_LINE", 10_000)
+    with path.open("a") as file:
+        file.write(" " * 20_000)
+    with pytest.raises(LogError, match="longer than 10,000 bytes: this is no loss log"):
+        read_log(path)
+
+
+def test_more_tasks_than_anyone_has_are_refused() -> None:
+    with pytest.raises(ValueError, match="tasks must be at most 10,000, got 10,001"):
+        dataclasses.replace(LOG.header, tasks=tuple(map(str, range(10_001))))
+
+
+def test_a_resumed_log_keeps_its_bytes(path: Path) -> None:
+    """Also blank lines, spacing of another writer, and a last line without its newline."""
+    first, second, *_ = path.read_text().splitlines()
+    foreign = f"{first}\n\n{second.replace(': ', ':')}"
+    for tail in ("", "\n", '\n{"record": "te'):
+        path.write_text(foreign + tail)
+        with LossLogWriter(path, LOG.header, resume=True, keep=1) as writer:
+            assert path.read_text() == foreign + "\n"
+            writer.append(LOG.records[1])
+        assert read_log(path).records == LOG.records[:2]
+
+
+def test_columns_of_tuples_may_be_left_out(path: Path) -> None:
+    """As by a writer that logs what the pointwise bound needs; what is there is checked."""
+    data = lines(path)
+    record = next(d for d in data if d.get("tuples"))
+    record["tuples"] = {name: record["tuples"][name] for name in ("teacher_contrastive", "drift")}
+    path.write_text("".join(json.dumps(d) + "\n" for d in data))
+    assert read_log(path).records[data.index(record) - 1].tuples.column("contrastive") is None
+    for change, message in (
+        ({"contrastive": [0.5] * 3}, "tuples.contrastive has 3 values for n = 10 tuples"),
+        ({"contrastive": [0.5] * 10}, "contrastive.mean is .* but the mean of tuples.contrastive is 0.5"),
+        ({"block": 0}, "tuples.block must be at least 1, got 0"),
+        ({"surprise": []}, "unknown field 'surprise' in tuples"),
+    ):
+        changed = [d | {"tuples": d["tuples"] | change} if d is record else d for d in data]
+        path.write_text("".join(json.dumps(d) + "\n" for d in changed))
+        with pytest.raises(LogError, match=message):
+            read_log(path)
 
 
 def test_a_killed_writer_leaves_a_readable_log(tmp_path: Path) -> None:
