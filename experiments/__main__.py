@@ -1,5 +1,5 @@
-"""``python -m experiments``: ``run`` trains one method on one stream, ``sweep`` all that a file lists; ``fetch``
-downloads.
+"""``python -m experiments``: ``run`` trains one method on one stream, ``sweep`` all that a file lists; ``audit``
+verifies the record of a run's models, ``rollback`` takes the run back to an earlier one; ``fetch`` downloads.
 """
 
 from __future__ import annotations
@@ -67,6 +67,56 @@ def sweep(
     return 1 if failures else 0
 
 
+def audit(directory: tyro.conf.Positional[Path], head: str = "") -> int:
+    """Verify a run's audit file and every checkpoint and log that it vouches for; name the first altered line or file.
+
+    Args:
+        directory: the run's directory.
+        head: hash of an entry noted earlier, which must still be there: not even a file rewritten as a whole passes.
+    """
+    from experiments.audit import standing, verify
+
+    entries = verify(directory, head=head)
+    present = {entry.number for entry in standing(entries)}
+    for entry in entries:
+        print(_audit_line(entry.content, entry.event, entry.task, entry.number in present))
+    print(f"{len(entries)} entries, none altered; head {entries[-1].sha256}")
+    return 0
+
+
+def _audit_line(content: dict[str, Any], event: str, task: int, present: bool) -> str:
+    line = f"{content['entry']:>3}  {content['time']}  {event:<8}  task {task}"
+    if event == "rollback":
+        return f"{line}  back to entry {content['to_entry']}"
+    bounds = {(c["step"], c["chain"]): c for c in content["certificates"]}
+    moment, direct = bounds["moment", "refreshed"], bounds["direct", "refreshed"]
+    line += f" ({content['name']})  certified at {moment['confidence']:g}: total loss <= {moment['total']:.4g} nats "
+    line += f"(moment, refreshed), {direct['total']:.4g} (direct)"
+    return line if present else f"{line}  [taken back]"
+
+
+def rollback(
+    directory: tyro.conf.Positional[Path], to_task: int, stop: bool = False, data_root: Path = Path("data")
+) -> int:
+    """Take a run back to its model after an earlier task, and train on from there.
+
+    Args:
+        directory: the run's directory.
+        to_task: number of the task, from 1, whose model is to be the present one.
+        stop: do not train on; `run` with the same options does later.
+        data_root: folder with the datasets.
+    """
+    from experiments.rollback import rollback as take_back
+    from experiments.train import run as train
+
+    config = take_back(directory, to_task)
+    print(f"{directory}: back to the model after task {to_task}")
+    if not stop:
+        train(config, directory, data_root=data_root)
+        print(f"log: {directory / 'losses.jsonl'}")
+    return 0
+
+
 def fetch(
     dataset: tyro.conf.Positional[Literal["mnist", "cifar10", "tiny-imagenet"]], data_root: Path = Path("data")
 ) -> int:
@@ -93,12 +143,18 @@ def _defaults() -> RunConfig:
 
 def main() -> int:
     try:
-        commands: dict[str, Any] = {"run": partial(run, config=_defaults()), "sweep": sweep, "fetch": fetch}
+        commands: dict[str, Any] = {
+            "run": partial(run, config=_defaults()),
+            "sweep": sweep,
+            "audit": audit,
+            "rollback": rollback,
+            "fetch": fetch,
+        }
         status: int = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments")
         return status
     except (ValueError, OSError) as error:
         print(f"experiments: {error}", file=sys.stderr)
-        return 2
+        return 1 if type(error).__name__ == "AuditError" else 2
     except KeyboardInterrupt:
         print("experiments: stopped; the same command resumes after the last finished epoch", file=sys.stderr)
         return 130

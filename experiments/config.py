@@ -153,6 +153,17 @@ class RunConfig:
     """Values of single held-out tuples in losses.jsonl: of the last model, for the pointwise bound; of every model, for
     certificates by betting; or none."""
 
+    confidence: float = 0.95
+    """Of the certificates in the audit file, and of the gate."""
+    max_bound_increase: float | None = None
+    """Largest rise of the certified bound on the mean loss of the tasks before, in nats, with which an update is
+    accepted; beyond it the old model is kept. None: every update is accepted."""
+    gate: Literal["direct", "moment"] = "direct"
+    """The bound of that gate: what measuring the update on held-out tuples certifies, or the moment step from the
+    previous model, which rises with any drift, whether or not it does harm."""
+    keep_checkpoints: bool = True
+    """Whether the model after each task is kept, for a rollback."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the training passes; "auto": bfloat16 (autocast) on a GPU. Logs and accuracies are always float32."""
@@ -187,6 +198,11 @@ class RunConfig:
         for name in _SHARES:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0.0 < self.confidence < 1.0:
+            raise ValueError(f"confidence must be in (0, 1), such as 0.95, got {self.confidence}")
+        limit = self.max_bound_increase
+        if limit is not None and not (math.isfinite(limit) and limit >= 0.0):
+            raise ValueError(f"max_bound_increase must be finite and >= 0, or None, got {limit}")
         heldout, test = self.heldout_fraction, self.test_fraction
         if not (heldout > 0 and test > 0 and heldout + test < 1):
             raise ValueError(f"heldout_fraction and test_fraction must be > 0 with a sum < 1, got {heldout} and {test}")
@@ -280,6 +296,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "buffer": ("balanced", "reservoir"),
     "positives": ("class", "view"),
     "log_tuples": get_args(LogTuples),
+    "gate": ("direct", "moment"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "float32", "bfloat16"),
 }
@@ -293,6 +310,7 @@ _NOT_NAMED = _MEASURING | {
     "precision",
     "compile",
     "threads",
+    "keep_checkpoints",
 }
 
 

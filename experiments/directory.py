@@ -1,6 +1,7 @@
 """A run's directory: ``losses.jsonl``, the log that the bounds read, and one for every further temperature or number of
 negatives; ``config.json``, from the first finished epoch on; ``checkpoint.pt``, replaced after every epoch while
-unfinished; and ``metrics.json``, written last.
+unfinished; ``checkpoints/task-N.pt``, the same as it was after task N; ``audit.jsonl``, what became of each task's
+model; and ``metrics.json``, written last.
 
 What a crash leaves can be resumed. What it cannot leave, a damaged or missing file, is refused by name.
 """
@@ -17,6 +18,7 @@ import torch
 
 from cila_bound import read_log
 from cila_bound.files import write_atomic
+from experiments import audit
 from experiments.config import RunConfig, read_json
 from experiments.versions import made_with
 
@@ -38,6 +40,8 @@ class Progress:
     logits: torch.Tensor | None = None
     over_seen: list[list[float]] = field(default_factory=list)
     over_own: list[list[float]] = field(default_factory=list)
+    confusion: list[list[list[int]]] = field(default_factory=list)
+    refused: list[int] = field(default_factory=list)
     objective: list[dict[str, Any]] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +61,11 @@ class Progress:
         except Exception as error:  # damaged bytes fail in torch in many ways
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(f"{path} is damaged ({reason}): {_remedy(path)}") from None
+
+
+def task_checkpoint(task: int) -> str:
+    """Where the state after ``task`` is kept, below the run's directory."""
+    return f"checkpoints/task-{task}.pt"
 
 
 def log_names(config: RunConfig) -> list[str]:
@@ -91,14 +100,24 @@ def finished_notice(directory: Path, metrics: dict[str, Any]) -> str:
 def begin_or_resume(config: RunConfig, directory: Path) -> Progress:
     """The checkpoint of an unfinished run; without one a fresh start, and no log.
 
-    Raises ValueError if the checkpoint or a log is damaged or missing.
+    After which task a run stands, its audit file says: if the running checkpoint is of another task, as a crash during
+    a rollback leaves it, or lost, that task's own checkpoint is taken.
+
+    Raises ValueError if the checkpoint, the audit file or a log is damaged or missing.
     """
     checkpoint = directory / "checkpoint.pt"
-    if checkpoint.exists():
+    progress = Progress.load(checkpoint) if checkpoint.exists() else None
+    entries = audit.standing(audit.read(directory))
+    if entries and entries[-1].content["checkpoint"]:
+        last = entries[-1]
+        if progress is None or progress.task != last.task + 1:
+            audit.check_file(directory, last, last.content["checkpoint"])
+            progress = Progress.load(directory / last.content["checkpoint"]["file"])
+    if progress is not None:
         for name in log_names(config):
             if not (directory / name).exists():
                 raise ValueError(f"{directory / name} of an unfinished run is missing: {_remedy(directory / name)}")
-        return Progress.load(checkpoint)
+        return progress
     for log in sorted(directory.glob("losses*.jsonl")):
         if read_log(log).records:
             raise ValueError(f"{log} has records, but {checkpoint.name} or metrics.json is missing: {_remedy(log)}")

@@ -62,13 +62,22 @@ def accuracy(logits: Tensor, labels: np.ndarray, known: Collection[int], own: Co
     A class that is not known is never predicted.
     """
 
-    def correct(classes: list[int]) -> float:
-        if not classes:
-            return 0.0
-        predicted = np.asarray(classes)[logits[:, classes].argmax(1).numpy()]
-        return float(np.mean(predicted == labels))
+    def correct(classes: Collection[int]) -> float:
+        return float(np.mean(_predicted(logits, classes) == labels)) if classes else 0.0
 
-    return Accuracy(correct(sorted(known)), correct(sorted(set(known) & set(own))))
+    return Accuracy(correct(known), correct(set(known) & set(own)))
+
+
+def confusion(logits: Tensor, labels: np.ndarray, known: Collection[int], n_classes: int) -> np.ndarray:
+    """(n_classes, n_classes) counts of true class (row) and argmax over the ``known`` classes (column)."""
+    counts = np.zeros((n_classes, n_classes), np.int64)
+    np.add.at(counts, (labels, _predicted(logits, known)), 1)
+    return counts
+
+
+def _predicted(logits: Tensor, classes: Collection[int]) -> np.ndarray:
+    among = sorted(classes)
+    return np.asarray(among)[logits[:, among].argmax(1).numpy()]
 
 
 def average_accuracy(matrix: Sequence[Sequence[float]]) -> float:

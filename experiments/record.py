@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from cila_bound import Geometry, LossLogWriter, Measurement, TestLoss, Training
-from cila_bound.records import Split
+from cila_bound import Geometry, Measurement, TestLoss, Training
+from cila_bound.records import Record, Split
 from experiments.buffer import Buffer
 from experiments.config import LogTuples, RunConfig
 from experiments.methods import METHODS
@@ -57,37 +57,37 @@ class Recorder:
             found += [(task, i) for i in range(1, task) if self._draw_buffer(buffer, i, task) is None]
         return found
 
-    def record(
+    def records(
         self,
-        writer: LossLogWriter,
         task: int,
         student: Snapshot,
         teacher: Snapshot | None,
         buffer: Buffer,
         weights: tuple[float, ...],
         objective: dict[str, Any],
-    ) -> None:
-        """Appends all records after ``task``: of each task seen its training or buffer, held-out and test tuples."""
+    ) -> list[Record]:
+        """All records after ``task``: of each task seen its training or buffer, held-out and test tuples."""
         fitted: dict[int, TupleLosses] = {}
+        found: list[Record] = []
         for i in range(1, task + 1):
             if i == task:
                 own = self._on_split(student, teacher, i, "train")
-                writer.append(self._measurement(task, i, "train", own, self.fixed[i, "train"]))
+                found.append(self._measurement(task, i, "train", own, self.fixed[i, "train"]))
                 fitted[i] = own
             elif (tuples := self._draw_buffer(buffer, i, task)) is not None:
                 images = buffer.of_task(self.stream, i).images
                 embedded = None if teacher is None else teacher.of(images).embedding
                 kept = tuple_losses(student.of(images).embedding, embedded, tuples, self.geometry)
-                writer.append(self._measurement(task, i, "buffer", kept, tuples))
+                found.append(self._measurement(task, i, "buffer", kept, tuples))
                 fitted[i] = kept
             heldout = self._on_split(student, teacher, i, "heldout")
-            writer.append(self._measurement(task, i, "heldout", heldout, self.fixed[i, "heldout"]))
+            found.append(self._measurement(task, i, "heldout", heldout, self.fixed[i, "heldout"]))
             test = self.fixed[i, "test"]
             contrastive = self._on_split(student, None, i, "test").statistics()["contrastive"]
-            writer.append(TestLoss(task, i, len(test.index), test.n_effective, contrastive))
+            found.append(TestLoss(task, i, len(test.index), test.n_effective, contrastive))
         sizes = {i: len(buffer.kept.get(i, ())) for i in range(1, task)}
         sizes[task] = len(self.stream.tasks[task - 1].train.labels)
-        writer.append(self._training(task, fitted, sizes, weights, objective))
+        return [*found, self._training(task, fitted, sizes, weights, objective)]
 
     def _training(
         self,

@@ -14,26 +14,30 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from cila_bound import Geometry, Header, LossLogWriter
+from cila_bound import Geometry, Header, LossLog, LossLogWriter
 from cila_bound.files import write_atomic
+from cila_bound.records import Record
+from experiments import audit
 from experiments.augment import Augmentation
 from experiments.buffer import Buffer
 from experiments.config import RunConfig
 from experiments.datasets import load
-from experiments.directory import begin_or_resume, finished, log_names
-from experiments.evaluate import accuracy, average_accuracy, backward_transfer, forgetting, linear_probe
+from experiments.directory import begin_or_resume, finished, log_names, task_checkpoint
+from experiments.evaluate import average_accuracy, backward_transfer, forgetting
+from experiments.gate import Decision, certificates, notice, weigh
 from experiments.methods import METHODS
 from experiments.models import Model, build_model, layout
 from experiments.record import Recorder, draw_fixed
+from experiments.scores import measure
 from experiments.seeds import derive, numpy_rng
 from experiments.snapshot import Snapshot
 from experiments.streams import build_stream
 from experiments.trainer import Rows, TaskTrainer, epochs_of
-from experiments.versions import changes, versions
+from experiments.versions import changes, made_with, versions
 
 
 def run(
@@ -64,7 +68,7 @@ def run(
 class _Run:
     def __init__(self, config: RunConfig, directory: Path, data_root: Path) -> None:
         self.config, self.directory, self.method = config, directory, METHODS[config.method]
-        self.device = _device(config.device)
+        self.device, self.versions = _device(config.device), versions()
         self.stream = build_stream(config, data_root)
         self.n_tasks = len(self.stream.tasks)
         self.pretrain_images = self._pretrain_images(data_root)
@@ -115,9 +119,9 @@ class _Run:
                 self._train_task(task, writers[0], bar)
                 if task:
                     self._finish_task(task, writers)
-                progress.task, progress.epoch, progress.trainer = task + 1, 0, {}
-                progress.records = [len(writer.log.records) for writer in writers]
-                self._save()
+                else:
+                    progress.task, progress.epoch, progress.trainer = 1, 0, {}
+                    self._save()
         return self._result()
 
     def _train_task(self, task: int, writer: LossLogWriter, bar: tqdm) -> None:
@@ -165,12 +169,25 @@ class _Run:
         )
 
     def _finish_task(self, task: int, writers: list[LossLogWriter]) -> None:
-        """Logs, measures accuracy, fills the buffer, and makes the model the next task's teacher."""
+        """Weighs the update, logs, measures accuracy, fills the buffer, makes the model the next task's teacher, and
+        puts all of it on file.
+        """
         progress, snapshot = self.progress, self._snapshot(self.model)
-        weights = tuple(progress.weights)
+        decision = weigh(self.config, writers[0].log, self._records(self.recorders[0], task, snapshot), task)
+        if decision is not None and (text := notice(decision, task, self.stream.tasks[task - 1].name)):
+            tqdm.write(text, file=sys.stderr)
+        if decision is not None and not decision.accepted:
+            assert self.teacher is not None  # the first task is always accepted
+            snapshot = self.teacher
+            self.model.load_state_dict(snapshot.model.state_dict())
+            progress.refused.append(task)
         for recorder, writer in zip(self.recorders, writers, strict=True):
-            recorder.record(writer, task, snapshot, self.teacher, self.buffer, weights, progress.objective[-1])
-        self._measure_accuracy(task, snapshot)
+            for record in self._records(recorder, task, snapshot):
+                writer.append(record)
+        scores = measure(self.config, self.stream, self.buffer, task, snapshot, self.device)
+        progress.over_seen.append(scores.over_seen)
+        progress.over_own.append(scores.over_own)
+        progress.confusion = scores.confusion
         before = dict(zip(self.buffer.pairs(), () if progress.logits is None else progress.logits, strict=False))
         self.buffer.add(self.stream, task, numpy_rng(self.config.seed, "buffer", task))
         progress.buffer = self.buffer.state()
@@ -179,48 +196,40 @@ class _Run:
             kept = [before[pair] for pair in self.buffer.pairs() if pair[0] < task]
             progress.logits = torch.cat([*(row[None] for row in kept), *([] if new is None else [new])])
         self.teacher = snapshot
-        progress.teacher = snapshot.model.state_dict()
+        progress.teacher = progress.model = snapshot.model.state_dict()
+        progress.task, progress.epoch, progress.trainer = task + 1, 0, {}
+        progress.records = [len(writer.log.records) for writer in writers]
+        self._put_on_file(task, writers[0].log, decision)
 
-    def _measure_accuracy(self, task: int, snapshot: Snapshot) -> None:
-        """On the images that no model is trained on: held-out and test split of every task seen."""
-        seen = self.stream.tasks[:task]
-        known = {label for part in seen for label in part.classes}
-        probe = None
-        if not self.method.classifier:
-            probe, known = self._probe(task, snapshot)
-        results = []
-        for number, part in enumerate(seen, start=1):
-            heldout, test = snapshot.split(number, "heldout"), snapshot.split(number, "test")
-            if probe is not None:
-                logits = probe(torch.cat([heldout.representation, test.representation]))
-            else:
-                assert heldout.logits is not None and test.logits is not None  # those of the classifier
-                logits = torch.cat([heldout.logits, test.logits])
-            truth = np.concatenate([part.splits["heldout"].labels, part.splits["test"].labels])
-            results.append(accuracy(logits, truth, known, part.classes))
-        self.progress.over_seen.append([result.over_seen for result in results])
-        self.progress.over_own.append([result.over_own for result in results])
-
-    def _probe(self, task: int, snapshot: Snapshot) -> tuple[nn.Linear, set[int]]:
-        """A linear probe trained on the task's training split and the buffer, balanced over their classes or, where
-        tasks share classes, over the tasks (as Co2L's code); and the classes that it knows.
-        """
-        config, domains = self.config, self.stream.kind == "domain-incremental"
-        past = {i: part for i in range(1, task) if len((part := self.buffer.of_task(self.stream, i)).labels)}
-        outputs = [snapshot.split(task, "train"), *(snapshot.of(part.images) for part in past.values())]
-        parts = {task: self.stream.tasks[task - 1].train, **past}
-        label = torch.from_numpy(np.concatenate([part.labels for part in parts.values()]))
-        number = torch.cat([torch.full((len(part.labels),), i) for i, part in parts.items()])
-        probe = linear_probe(
-            torch.cat([out.representation for out in outputs]).to(self.device),
-            label.to(self.device),
-            number if domains else label,
-            self.stream.n_classes,
-            epochs=config.probe_epochs,
-            learning_rate=config.probe_learning_rate,
-            seed=derive(config.seed, "probe", task),
+    def _records(self, recorder: Recorder, task: int, snapshot: Snapshot) -> list[Record]:
+        progress = self.progress
+        return recorder.records(
+            task, snapshot, self.teacher, self.buffer, tuple(progress.weights), progress.objective[-1]
         )
-        return probe.cpu(), set(label.tolist())
+
+    def _put_on_file(self, task: int, log: LossLog, decision: Decision | None) -> None:
+        """The task's checkpoint, the audit entry that vouches for it and for the logs, then the running checkpoint: in
+        this order, so that whatever a crash leaves is made again as it was.
+        """
+        kept = None
+        if self.config.keep_checkpoints:
+            name = task_checkpoint(task)
+            self.progress.save(self.directory / name)
+            kept = {"file": name, "sha256": audit.file_sha256(self.directory / name)}
+        facts = {
+            "name": self.stream.tasks[task - 1].name,
+            "checkpoint": kept,
+            "logs": [
+                {"file": name, "lines": 1 + count, "sha256": audit.prefix_sha256(self.directory / name, 1 + count)}
+                for name, count in zip(log_names(self.config), self.progress.records, strict=True)
+            ],
+            "certificates": certificates(self.config, log, task),
+            "gate": None if decision is None else decision.as_json(),
+            "made_with": made_with(self.versions),
+        }
+        accepted = decision is None or decision.accepted
+        audit.append(self.directory, "task" if accepted else "refused", task, facts)
+        self.progress.save(self.directory / "checkpoint.pt")
 
     def _pretrain_images(self, data_root: Path) -> np.ndarray:
         """Set aside, or those of another dataset, resized; none without pre-training."""
@@ -247,7 +256,7 @@ class _Run:
     def _warn(self, writer: LossLogWriter) -> None:
         """Of other versions than the run was begun with, and of what the log will lack."""
         messages = []
-        changed = changes(writer.log.header.versions, versions())
+        changed = changes(writer.log.header.versions, self.versions)
         if changed:
             messages.append(
                 f"{self.directory} is resumed with other versions than it was begun with ({changed}): its numbers may "
@@ -263,8 +272,8 @@ class _Run:
                     f"of {negatives} negative{'s' if negatives > 1 else ''} {len(missing)} times, first after task "
                     f"{after} those of task {task}: the Theorem 1 form will be infinite"
                 )
-        for message in messages:
-            tqdm.write(f"warning: {message}", file=sys.stderr)
+        for text in messages:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def _save(self) -> None:
         config_path = self.directory / "config.json"
@@ -283,7 +292,7 @@ class _Run:
             method=config.method,
             fixed_tuples=True,
             config=config.as_json() | {"task_details": [task.detail for task in self.stream.tasks]},
-            versions=versions(),
+            versions=self.versions,
             data_fingerprint=fingerprint,
         )
 
@@ -306,9 +315,11 @@ class _Run:
                 }
                 for name, matrix in matrices.items()
             },
+            "confusion": progress.confusion,
+            "refused": progress.refused,
             "objective": progress.objective,
             "training_seconds": progress.seconds,
-            "versions": versions(),
+            "versions": self.versions,
         }
 
 

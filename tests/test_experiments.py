@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from cila_bound import certify, read_log
 from cila_bound.report import Report
-from experiments import methods, train
+from experiments import methods, scores, train
 from experiments.config import RunConfig
 from experiments.directory import Progress, log_names
 from experiments.evaluate import accuracy, average_accuracy, backward_transfer, forgetting, linear_probe
@@ -265,7 +265,7 @@ def test_the_probe_is_balanced_over_classes_or_tasks(
         seen.append((label, group))
         return linear_probe(representation, label, group, *arguments, **options)
 
-    monkeypatch.setattr(train, "linear_probe", probe)
+    monkeypatch.setattr(scores, "linear_probe", probe)
     train.run(dataclasses.replace(config, n_tasks=2), tmp_path, show_progress=False)
     label, group = seen[-1]
     if balanced_over == "classes":

@@ -59,9 +59,15 @@ def test_a_finished_run_without_its_log_is_refused(tmp_path: Path) -> None:
 
 
 def test_lost_metrics_do_not_overwrite_the_log(tmp_path: Path) -> None:
-    train.run(TINY, tmp_path, show_progress=False)
+    """They are made again from the last task's checkpoint; without one, the run is refused."""
+    metrics = train.run(TINY, tmp_path, show_progress=False)
     (tmp_path / "metrics.json").unlink()
     before = (tmp_path / "losses.jsonl").read_bytes()
+    again = train.run(TINY, tmp_path, show_progress=False)
+    assert again == metrics
+    assert (tmp_path / "losses.jsonl").read_bytes() == before
+    (tmp_path / "metrics.json").unlink()
+    (tmp_path / "audit.jsonl").unlink()
     with pytest.raises(ValueError, match=r"losses.jsonl has records, but checkpoint.pt or metrics.json is missing"):
         train.run(TINY, tmp_path, show_progress=False)
     assert (tmp_path / "losses.jsonl").read_bytes() == before

@@ -1,0 +1,75 @@
+"""Accuracy after a task, on the images that no model is trained on: held-out and test split of every task seen."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from experiments.buffer import Buffer
+from experiments.config import RunConfig
+from experiments.evaluate import accuracy, confusion, linear_probe
+from experiments.methods import METHODS
+from experiments.seeds import derive
+from experiments.snapshot import Snapshot
+from experiments.streams import TaskStream
+
+
+class Scores(NamedTuple):
+    """Per task seen: accuracy over all classes seen and over the task's own, and counts[true class][predicted class]
+    over all classes of the stream, among those seen.
+    """
+
+    over_seen: list[float]
+    over_own: list[float]
+    confusion: list[list[list[int]]]
+
+
+def measure(
+    config: RunConfig, stream: TaskStream, buffer: Buffer, task: int, snapshot: Snapshot, device: torch.device
+) -> Scores:
+    """Of the model after ``task``: by its own classifier, or by a linear probe on its representations."""
+    seen = stream.tasks[:task]
+    known = {label for part in seen for label in part.classes}
+    probe = None
+    if not METHODS[config.method].classifier:
+        probe, known = _probe(config, stream, buffer, task, snapshot, device)
+    scores = Scores([], [], [])
+    for number, part in enumerate(seen, start=1):
+        heldout, test = snapshot.split(number, "heldout"), snapshot.split(number, "test")
+        if probe is not None:
+            logits = probe(torch.cat([heldout.representation, test.representation]))
+        else:
+            assert heldout.logits is not None and test.logits is not None  # those of the classifier
+            logits = torch.cat([heldout.logits, test.logits])
+        truth = np.concatenate([part.splits["heldout"].labels, part.splits["test"].labels])
+        over_seen, over_own = accuracy(logits, truth, known, part.classes)
+        scores.over_seen.append(over_seen)
+        scores.over_own.append(over_own)
+        scores.confusion.append(confusion(logits, truth, known, stream.n_classes).tolist())
+    return scores
+
+
+def _probe(
+    config: RunConfig, stream: TaskStream, buffer: Buffer, task: int, snapshot: Snapshot, device: torch.device
+) -> tuple[nn.Linear, set[int]]:
+    """A linear probe trained on the task's training split and the buffer, balanced over their classes or, where
+    tasks share classes, over the tasks (as Co2L's code); and the classes that it knows.
+    """
+    past = {i: part for i in range(1, task) if len((part := buffer.of_task(stream, i)).labels)}
+    outputs = [snapshot.split(task, "train"), *(snapshot.of(part.images) for part in past.values())]
+    parts = {task: stream.tasks[task - 1].train, **past}
+    label = torch.from_numpy(np.concatenate([part.labels for part in parts.values()]))
+    number = torch.cat([torch.full((len(part.labels),), i) for i, part in parts.items()])
+    probe = linear_probe(
+        torch.cat([out.representation for out in outputs]).to(device),
+        label.to(device),
+        number if stream.kind == "domain-incremental" else label,
+        stream.n_classes,
+        epochs=config.probe_epochs,
+        learning_rate=config.probe_learning_rate,
+        seed=derive(config.seed, "probe", task),
+    )
+    return probe.cpu(), set(label.tolist())
