@@ -41,6 +41,7 @@ class Progress:
     over_seen: list[list[float]] = field(default_factory=list)
     over_own: list[list[float]] = field(default_factory=list)
     confusion: list[list[list[int]]] = field(default_factory=list)
+    confusion_own: list[list[list[int]]] = field(default_factory=list)
     refused: list[int] = field(default_factory=list)
     objective: list[dict[str, Any]] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)

@@ -16,10 +16,12 @@ from experiments.seeds import derive
 from experiments.snapshot import Snapshot
 from experiments.streams import TaskStream
 
+MOST_CLASSES = 50  # of which confusions are kept
+
 
 class Scores(NamedTuple):
     """Per task seen: accuracy over all classes seen and over the task's own, and counts[true class][predicted class]
-    over all classes of the stream, among those seen.
+    over all classes of the stream, among those seen (empty for more than MOST_CLASSES classes).
     """
 
     over_seen: list[float]
@@ -48,7 +50,8 @@ def measure(
         over_seen, over_own = accuracy(logits, truth, known, part.classes)
         scores.over_seen.append(over_seen)
         scores.over_own.append(over_own)
-        scores.confusion.append(confusion(logits, truth, known, stream.n_classes).tolist())
+        if stream.n_classes <= MOST_CLASSES:
+            scores.confusion.append(confusion(logits, truth, known, stream.n_classes).tolist())
     return scores
 
 

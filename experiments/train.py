@@ -187,6 +187,7 @@ class _Run:
         scores = measure(self.config, self.stream, self.buffer, task, snapshot, self.device)
         progress.over_seen.append(scores.over_seen)
         progress.over_own.append(scores.over_own)
+        progress.confusion_own += scores.confusion[-1:]
         progress.confusion = scores.confusion
         before = dict(zip(self.buffer.pairs(), () if progress.logits is None else progress.logits, strict=False))
         self.buffer.add(self.stream, task, numpy_rng(self.config.seed, "buffer", task))
@@ -315,7 +316,7 @@ class _Run:
                 }
                 for name, matrix in matrices.items()
             },
-            "confusion": progress.confusion,
+            "confusion": {"own": progress.confusion_own, "last": progress.confusion},
             "refused": progress.refused,
             "objective": progress.objective,
             "training_seconds": progress.seconds,

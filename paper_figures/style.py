@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import textwrap
 from collections.abc import Sequence
@@ -159,6 +161,14 @@ def save(drawing: Figure, folder: Path, name: str) -> list[Path]:
         drawing.savefig(paths[0], metadata={"CreationDate": None})
         drawing.savefig(paths[1], dpi=160)
     return paths
+
+
+def svg(drawing: Figure) -> str:
+    """The drawing as text for a page, as a data URI; equal input gives equal text."""
+    content = io.BytesIO()
+    with mpl.rc_context(_RC):
+        drawing.savefig(content, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def plain_numbers(axis: Axis) -> None:

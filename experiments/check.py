@@ -1,0 +1,224 @@
+"""One command for a dataset never seen before: what forgetting costs on it, what each part of the method is worth, and
+what can be guaranteed.
+
+Everything goes below one folder: ``data.npz``, the dataset in one shape; ``check.json``, what was asked for, found and
+decided; ``runs/``, the trained runs; ``report.html`` and ``report.json``. The same command again goes on where it was
+stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cila_bound.files import write_atomic
+from experiments.config import RunConfig, read_json
+from experiments.methods import MethodName
+from experiments.sources import Prepared, prepare
+from experiments.sweep import sweep
+from experiments.train import run as train
+
+STAGES: dict[MethodName, str] = {
+    "finetune": "the current task alone",
+    "contrastive-only": "+ contrast with a rehearsal buffer",
+    "co2l": "+ distillation from the previous model",
+    "cila-max": "+ an adaptive weight of the distillation",
+}
+_FEWEST, _MOST = 5, 50  # epochs on a later task; twice as many on the first
+_ENOUGH = 10  # epochs that are worth more than another seed
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for."""
+
+    data: str
+    label: str
+    threshold: float | None
+    tasks: str
+    image_size: int | None
+    images: str
+    minutes: float
+    jobs: int
+    confidence: float
+    temperature: float
+    buffer_size: int
+    defect: str
+    miss_cost: float | None
+    alarm_cost: float | None
+
+
+def check(request: Request, folder: Path) -> int:
+    """Prepares, plans, trains and reports; returns the exit status of the report, or 1 if a run failed.
+
+    Raises ValueError, before anything is trained, if the data or the request cannot be used, or the folder holds
+    another check.
+    """
+    _check_request(request)
+    planned = folder / "check.json"
+    if planned.exists():
+        decided = read_json(planned)
+        _check_same(decided["request"], request, folder)
+    else:
+        prepared = prepare(
+            Path(request.data),
+            label=request.label or None,
+            threshold=request.threshold,
+            tasks=request.tasks or None,
+            image_size=request.image_size,
+            images=request.images or None,
+        )
+        _check_defect(request, prepared)
+        prepared.save(folder / "data.npz")
+        decided = _decide(request, prepared, folder)
+        write_atomic(planned, (json.dumps(decided, indent=2) + "\n").encode())
+    for remark in decided["remarks"]:
+        print(f"data: {remark}")
+    print(f"plan: {_in_words(decided['plan'])}", flush=True)
+    configs = [RunConfig(**_tuples(options)) for options in decided["runs"]]
+    failures = sweep(configs, folder / "runs", jobs=request.jobs)
+    for name, reason in failures:
+        print(f"FAILED {name}: {reason}", file=sys.stderr)
+    if failures:
+        return 1
+    report = [sys.executable, "-m", "paper_figures.report", str(folder)]
+    return subprocess.run(report, cwd=Path(__file__).parents[1], check=False).returncode
+
+
+def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any]:
+    """The content of ``check.json``."""
+    base = _base(request, prepared, folder / "data.npz")
+    plan = _plan(base, request, prepared)
+    runs = [
+        dataclasses.replace(
+            base, method=method, seed=seed, epochs_first=2 * plan["epochs"], epochs=plan["epochs"]
+        ).as_json()
+        for method in STAGES
+        for seed in range(plan["seeds"])
+    ]
+    costs = None
+    if request.miss_cost is not None and request.alarm_cost is not None:
+        costs = {"miss": request.miss_cost, "alarm": request.alarm_cost}
+    return {
+        "request": dataclasses.asdict(request),
+        "name": folder.name,
+        "source": request.data,
+        "remarks": list(prepared.remarks),
+        "classes": [str(name) for name in prepared.class_names],
+        "counts": prepared.counts,
+        "stages": [{"variant": method, "adds": adds} for method, adds in STAGES.items()],
+        "confidence": request.confidence,
+        "selections": len(runs),
+        "defect": request.defect or None,
+        "costs": costs,
+        "plan": plan,
+        "runs": runs,
+    }
+
+
+def _base(request: Request, prepared: Prepared, data: Path) -> RunConfig:
+    """What all runs have in common."""
+    tabular = prepared.tabular
+    return RunConfig(
+        stream="custom",
+        dataset=str(data.resolve()),
+        scenario=prepared.scenario,
+        n_tasks=prepared.n_tasks,
+        model="mlp" if tabular else "small",
+        augmentation="features" if tabular else "generic",
+        buffer_size=request.buffer_size,
+        epochs_first=1,
+        epochs=1,
+        learning_rate=0.05,
+        temperature=0.1,
+        theory_temperatures=(request.temperature,),
+        n_negatives=(1,),
+        tuple_rounds=4,
+        log_tuples="all",
+        confidence=request.confidence,
+        keep_checkpoints=True,
+    )
+
+
+def _plan(base: RunConfig, request: Request, prepared: Prepared) -> dict[str, Any]:
+    """Seeds and epochs that fit the minutes, from the time that one epoch of the dearest method takes here."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        pilot = dataclasses.replace(base, method="cila-max", log_tuples="none", keep_checkpoints=False)
+        training = train(pilot, Path(scratch) / "pilot", show_progress=False)["training_seconds"]
+    overhead = time.perf_counter() - start - training
+    per_epoch = training * (2 * prepared.first_share + 1 - prepared.first_share)  # twice as many on the first task
+    left = max(60.0 * request.minutes - (time.perf_counter() - start), 0.0) * 0.9 * request.jobs / len(STAGES)
+
+    def affordable(seeds: int) -> int:
+        return math.floor((left / seeds - overhead) / per_epoch)
+
+    seeds = next((n for n in (3, 2) if affordable(n) >= _ENOUGH), 1)
+    epochs = min(max(affordable(seeds), _FEWEST), _MOST)
+    if epochs == _MOST:
+        seeds = next((n for n in (5, 4, 3, 2) if affordable(n) >= _MOST), seeds)
+    expected = (overhead + epochs * per_epoch) * seeds * len(STAGES) / request.jobs / 60.0
+    return {
+        "minutes": request.minutes,
+        "expected_minutes": round(expected, 1),
+        "seeds": seeds,
+        "epochs_first": 2 * epochs,
+        "epochs": epochs,
+        "model": base.model,
+        "augmentation": base.augmentation,
+        "batch_size": base.batch_size,
+        "learning_rate": base.learning_rate,
+        "buffer_size": base.buffer_size,
+        "jobs": request.jobs,
+        "too_short": affordable(seeds) < _FEWEST,
+    }
+
+
+def _in_words(plan: dict[str, Any]) -> str:
+    text = (
+        f"{len(STAGES)} methods x {plan['seeds']} seed{'s' if plan['seeds'] > 1 else ''}, {plan['epochs_first']} epochs "
+        f"on the first task and {plan['epochs']} on each later one, about {plan['expected_minutes']:g} minutes"
+    )
+    if plan["too_short"]:
+        text += f": the least that makes sense, though {plan['minutes']:g} were allowed"
+    return text
+
+
+def _check_request(request: Request) -> None:
+    if not (math.isfinite(request.minutes) and request.minutes > 0):
+        raise ValueError(f"minutes must be finite and > 0, got {request.minutes}")
+    costs = {"miss_cost": request.miss_cost, "alarm_cost": request.alarm_cost}
+    for name, cost in costs.items():
+        if cost is not None and not (math.isfinite(cost) and cost >= 0):
+            raise ValueError(f"{name} must be finite and >= 0, got {cost}")
+    given = [name for name, cost in costs.items() if cost is not None]
+    if len(given) == 1 or bool(given) != bool(request.defect):
+        raise ValueError("defect, miss_cost and alarm_cost go together: give all three, or none for accuracies alone")
+
+
+def _check_defect(request: Request, prepared: Prepared) -> None:
+    names = [str(name) for name in prepared.class_names]
+    if request.defect and request.defect not in names:
+        raise ValueError(f"defect must be one of the classes {', '.join(names)}, got {request.defect!r}")
+
+
+def _check_same(asked: dict[str, Any], request: Request, folder: Path) -> None:
+    for name, value in dataclasses.asdict(request).items():
+        if asked.get(name) != value:
+            raise ValueError(
+                f"{folder} holds a check with {name} = {asked.get(name)!r}, not {value!r}: choose another --out, or "
+                "remove it"
+            )
+
+
+def _tuples(options: dict[str, Any]) -> dict[str, Any]:
+    """Lists of a JSON object as the tuples that they were."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}

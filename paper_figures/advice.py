@@ -1,0 +1,179 @@
+"""What a check's numbers mean and what to do next, in plain words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+_WELL_CLEAR = 0.005  # a smaller change of accuracy is not worth a word
+
+
+def headline(found: dict[str, Any]) -> list[str]:
+    """Two to four sentences: the result, what forgetting costs, what is guaranteed."""
+    last, first = found["stages"][-1], found["stages"][0]
+    lines = [
+        f"After the last task {last['variant']} classifies {_percent(last['accuracy'])} of all tasks' test images "
+        f"correctly, {first['variant']} ({first['adds']}) {_percent(first['accuracy'])}; it has lost "
+        f"{_points(last['forgetting'])} since each task was new, {first['variant']} {_points(first['forgetting'])}."
+    ]
+    kpi = found["kpi"]
+    if kpi is not None:
+        best = min(found["stages"], key=lambda stage: stage["cost"]["mean"])
+        trivial = min(_average(kpi["all_pass"]), _average(kpi["none_pass"]))
+        lines.append(
+            f"The cheapest is {best['variant']}: {_number(best['cost'])} per 1,000 items, mean over tasks, against "
+            f"{short(trivial)} without any model (the cheaper of passing all and none)."
+        )
+    lines.append(_guarantee(found))
+    return lines
+
+
+def _guarantee(found: dict[str, Any]) -> str:
+    certified = [bound for bound in found["bounds"] if bound["certified"] is not None and bound["step"] != "direct"]
+    tightest = min(certified, key=lambda bound: bound["certified"]["mean"])
+    level, n_tasks = f"{100 * found['confidence']:g}%", len(found["tasks"])
+    loss = found["stages"][-1]["loss"]["mean"]
+    text = (
+        f"With {level} confidence the contrastive loss of {found['bounds_of']}, {loss:.3g} nats a task as measured, is "
+        f"at most {tightest['certified']['mean']:.3g} ({tightest['name']})"
+    )
+    if tightest["below_ceiling"] == 0:
+        return f"{text}, which is the ceiling: nothing is guaranteed with so few held-out tuples."
+    useful = tightest["below_chance"]
+    if useful == n_tasks:
+        return f"{text}: better than a collapsed encoder on every task, guaranteed."
+    informative = f"not vacuous for {tightest['below_ceiling']} of {n_tasks} tasks"
+    return f"{text}: {informative}, better than a collapsed encoder for {useful or 'none'} of them."
+
+
+def advice(found: dict[str, Any]) -> list[str]:
+    """What to do next, the most pressing first."""
+    return [text for rule in (_failures, _sample, _parts, _forgetting, _bounds, _seeds, _data) for text in rule(found)]
+
+
+def _failures(found: dict[str, Any]) -> list[str]:
+    if not found["violations"]:
+        return []
+    return [
+        f"A bound failed on the data ({found['violations'][0]}): do not rely on this report; embeddings that are not "
+        "unit-norm, an altered log or a bug in the toolkit can cause it, please report it."
+    ]
+
+
+def _sample(found: dict[str, Any]) -> list[str]:
+    """How many held-out images a certificate would take."""
+    texts = []
+    fewest, per_tuple = min(found["n_tuples"]), found["geometry"]["n_negatives"] + 2
+    bounds = {bound["name"]: bound for bound in found["bounds"]}
+    moment = bounds["moment, last step"]
+    for word, meaning in (("ceiling", "a certificate that says anything"), ("chance", "one below chance")):
+        reached = moment["below_ceiling"] if word == "ceiling" else moment["below_chance"]
+        if reached == len(found["tasks"]):
+            continue
+        needed = moment["needed"][word]
+        if needed is None:
+            texts.append(
+                f"For {meaning} on every task no number of held-out images would do while losses and drift stay what "
+                "they are: train longer, or let the model drift less (more distillation, more rehearsal)."
+            )
+            break
+        texts.append(
+            f"For {meaning} on every task, hold out more: about {needed:,} independent tuples a task "
+            f"({per_tuple * needed:,} images), where the smallest task has {fewest:,} tuples now."
+        )
+    return texts
+
+
+def _parts(found: dict[str, Any]) -> list[str]:
+    """What each part is worth, if it can be told."""
+    texts = []
+    for part in found["parts"]:
+        name, unit = ("cost", "") if found["kpi"] is not None else ("accuracy", " points")
+        change = part[name]
+        if change["low"] is None:
+            continue
+        scale = 1.0 if name == "cost" else 100.0
+        better = (change["high"] < 0.0) if name == "cost" else (change["low"] > 0.0)
+        worse = (change["low"] > 0.0) if name == "cost" else (change["high"] < 0.0)
+        mean, low, high = (short(scale * change[end], sign="+") for end in ("mean", "low", "high"))
+        interval = f"{mean}{unit} [{low}, {high}]"
+        what = f"{part['after']} ({part['adds']}) against {part['before']}"
+        if better:
+            texts.append(f"Keep it: {what}, {name} {interval} over {change['n']} seeds.")
+        elif worse:
+            texts.append(f"Leave it out: {what}, {name} {interval} over {change['n']} seeds.")
+        else:
+            texts.append(f"No difference shown: {what}, {name} {interval} over {change['n']} seeds.")
+    return texts
+
+
+def _forgetting(found: dict[str, Any]) -> list[str]:
+    last = found["stages"][-1]
+    lost = last["forgetting"]["mean"]
+    if lost > 0.05:
+        return [
+            f"{last['variant']} still loses {_points(last['forgetting'])} on old tasks: try a larger buffer "
+            f"({found['plan']['buffer_size']} images now) before anything else."
+        ]
+    if abs(lost) < _WELL_CLEAR:
+        return [f"{last['variant']} forgets next to nothing here: effort is better spent on accuracy on new tasks."]
+    return []
+
+
+def _bounds(found: dict[str, Any]) -> list[str]:
+    bounds = {bound["name"]: bound for bound in found["bounds"]}
+    chain, step = bounds["moment chain"], bounds["moment, last step"]
+    ceiling = found["geometry"]["ceiling"]
+    texts = []
+    if len(found["tasks"]) > 2 and chain["estimate"]["mean"] > 1.5 * step["estimate"]["mean"]:
+        texts.append(
+            f"After {len(found['tasks']) - 1} updates the chain of bounds has loosened to "
+            f"{chain['estimate']['mean']:.3g} nats a task (ceiling {ceiling:.3g}); measured anew before the last update"
+            f" it is {step['estimate']['mean']:.3g}: keep held-out images of old tasks and measure them every time."
+        )
+    theorem = bounds["Theorem 1 form"]["estimate"]["mean"]
+    if theorem is None or theorem > ceiling:
+        value = "infinite" if theorem is None else f"{theorem:.3g} nats a task, above the ceiling of {ceiling:.3g}"
+        texts.append(f"Training losses alone guarantee nothing here (the Theorem 1 form is {value}).")
+    return texts
+
+
+def _seeds(found: dict[str, Any]) -> list[str]:
+    n, plan = found["stages"][0]["n"], found["plan"]
+    if n >= 3 and not plan.get("too_short"):
+        return []
+    few = f"All of this rests on {n} seed{'s' if n > 1 else ''}" if n < 3 else "Training was cut short"
+    return [f"{few} ({plan['minutes']:g} minutes allowed): repeat with more --minutes before you decide on it."]
+
+
+def _data(found: dict[str, Any]) -> list[str]:
+    if not found["leaked"]:
+        return []
+    return [
+        f"{found['leaked']} held-out or test images were copies of training images and were left out: find out where "
+        "they come from, other near-copies would make all figures here too good."
+    ]
+
+
+def _average(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _percent(summary: dict[str, Any]) -> str:
+    return f"{_number(summary, 100.0)}%"
+
+
+def _points(summary: dict[str, Any]) -> str:
+    return f"{_number(summary, 100.0)} points"
+
+
+def _number(summary: dict[str, Any], scale: float = 1.0) -> str:
+    text = short(scale * summary["mean"])
+    return text if summary["std"] is None else f"{text} ± {short(scale * summary['std'], digits=2)}"
+
+
+def short(value: float, *, digits: int = 3, sign: str = "") -> str:
+    """So many significant digits, but no exponent."""
+    if abs(value) < 1e-4:
+        return f"{0.0:{sign}.0f}"
+    return f"{value:{sign},.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}"
