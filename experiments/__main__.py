@@ -5,6 +5,7 @@ verifies the record of a run's models, ``rollback`` takes the run back to an ear
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from functools import partial
 from pathlib import Path
@@ -153,7 +154,9 @@ def main() -> int:
         status: int = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments")
         return status
     except (ValueError, OSError) as error:
-        print(f"experiments: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = ": free some space; the same command goes on after the last finished epoch" if full else ""
+        print(f"experiments: {error}{remedy}", file=sys.stderr)
         return 1 if type(error).__name__ == "AuditError" else 2
     except KeyboardInterrupt:
         print("experiments: stopped; the same command resumes after the last finished epoch", file=sys.stderr)

@@ -183,9 +183,10 @@ def _plan(base: RunConfig, request: Request, prepared: Prepared) -> dict[str, An
 
 
 def _in_words(plan: dict[str, Any]) -> str:
+    seeds = f"{plan['seeds']} seed{'s' if plan['seeds'] > 1 else ''}"
     text = (
-        f"{len(STAGES)} methods x {plan['seeds']} seed{'s' if plan['seeds'] > 1 else ''}, {plan['epochs_first']} epochs "
-        f"on the first task and {plan['epochs']} on each later one, about {plan['expected_minutes']:g} minutes"
+        f"{len(STAGES)} methods x {seeds}, {plan['epochs_first']} epochs on the first task and {plan['epochs']} on each "
+        f"later one, about {plan['expected_minutes']:g} minutes"
     )
     if plan["too_short"]:
         text += f": the least that makes sense, though {plan['minutes']:g} were allowed"

@@ -19,7 +19,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from cila_bound import Geometry, Header, LossLog, LossLogWriter
-from cila_bound.files import write_atomic
+from cila_bound.files import remove_stale, write_atomic
 from cila_bound.records import Record
 from experiments import audit
 from experiments.augment import Augmentation
@@ -54,6 +54,7 @@ def run(
         directory.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(directory / ".lock", timeout=0):
+                remove_stale(directory)
                 torch.set_num_threads(config.threads)
                 result = _Run(config, directory, data_root).train(show_progress)
                 write_atomic(directory / "metrics.json", (json.dumps(result, indent=2) + "\n").encode())
