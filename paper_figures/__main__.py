@@ -22,6 +22,7 @@ Name = Literal[
     "temperature",
     "buffer",
     "bound-ranks",
+    "robustness",
     "summary",
     "table1",
     "table2",

@@ -65,6 +65,14 @@ class Losses:
             self._certificates[name] = certify(self.log, step, chain=chain)
         return self._certificates[name]
 
+    def certified(self, name: str, confidence: float) -> Certificate:
+        """The same at a confidence."""
+        key = f"{name} at {confidence:g}"
+        if key not in self._certificates:
+            step, chain = BOUNDS[name]
+            self._certificates[key] = certify(self.log, step, chain=chain, confidence=confidence)
+        return self._certificates[key]
+
     def total(self, name: str) -> float:
         """The bound on the sum over tasks, unclipped; may be infinite."""
         return self.bound(name).unclipped_total

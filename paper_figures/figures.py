@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from paper_figures.across import bound_ranks, temperature
 from paper_figures.per_task import accuracy, distill_weight, measured_vs_bounds, tightness
+from paper_figures.robustness import robustness
 from paper_figures.runs import Study
 from paper_figures.sweeps import buffer, lambda_sweep, pretraining
 
@@ -21,4 +22,5 @@ FIGURES: dict[str, Callable[[Study], Figure]] = {
     "temperature": temperature,
     "buffer": buffer,
     "bound-ranks": bound_ranks,
+    "robustness": robustness,
 }

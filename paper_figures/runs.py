@@ -128,8 +128,9 @@ class Study:
         """The method's variants that differ in a numeric option alone, by its value; the plain one among them."""
         found = {}
         for variant, runs in self.variants.items():
-            if method(variant) == method_name and not options(variant).keys() - {option}:
-                found[float(runs[0].config[option])] = variant
+            value = runs[0].config.get(option)  # None: run before there was the option
+            if method(variant) == method_name and not options(variant).keys() - {option} and value is not None:
+                found[float(value)] = variant
         return dict(sorted(found.items()))
 
     @property

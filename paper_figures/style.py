@@ -96,13 +96,13 @@ def heading(drawing: Figure, *lines: str) -> None:
     drawing.suptitle("\n".join(textwrap.fill(line, width) for line in lines), fontsize=10)
 
 
-def legend(drawing: Figure, axes: Sequence[Axes], title: str | None = None) -> None:
-    """One legend for all panels, at the right."""
+def legend(drawing: Figure, axes: Sequence[Axes], title: str | None = None, place: str = "center") -> None:
+    """One legend for all panels given, at the right: in the "center", or "upper" or "lower"."""
     entries = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
     drawing.legend(
         entries.values(),
         entries.keys(),
-        loc="outside right center",
+        loc=f"outside right {place}",
         title=title,
         fontsize=8,
         title_fontsize=8,
