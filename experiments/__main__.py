@@ -1,11 +1,13 @@
-"""``python -m experiments``: ``run`` trains one method on one stream, ``sweep`` all that a file lists; ``audit``
-verifies the record of a run's models, ``rollback`` takes the run back to an earlier one; ``fetch`` downloads.
+"""``python -m experiments``: ``run`` trains one method on one stream, ``sweep`` all that a file lists, ``check`` finds
+out about a dataset of your own; ``audit`` verifies the record of a run's models, ``rollback`` takes the run back to an
+earlier one; ``fetch`` downloads.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -66,6 +68,68 @@ def sweep(
     for name, reason in failures:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def check(
+    data: Path,
+    label: str = "",
+    threshold: float | None = None,
+    tasks: str = "",
+    image_size: int | None = None,
+    images: str = "",
+    out: Path = Path("checks"),
+    name: str = "",
+    minutes: float = 10.0,
+    jobs: int = 0,
+    confidence: float = 0.95,
+    temperature: float = 0.5,
+    buffer_size: int = 200,
+    defect: str = "",
+    miss_cost: float | None = None,
+    alarm_cost: float | None = None,
+) -> int:
+    """Find out, for any dataset, what forgetting costs on it, what each part of the method is worth, and what can be
+    guaranteed: trains fine-tuning, + contrast, + distillation and CILA, certifies them, and writes a page.
+
+    Args:
+        data: .npz or .csv file, folder of images, or Hugging Face dataset on disk.
+        label: column of the classes (default: y, label, class, or the folders).
+        threshold: make two classes of a numeric label: below it, and from it on.
+        tasks: how the data arrive: a column (with an order if you like, such as kind=mono,poly), classes:N, order:N or
+            rotations:N.
+        image_size: bring all images to so many pixels a side.
+        images: name of the array or column of the images, where it is not obvious.
+        out: folder below which the check's own is made.
+        name: of that folder (default: that of the data).
+        minutes: time to spend; sets the number of epochs and seeds.
+        jobs: runs at a time (default: one for each processor).
+        confidence: of the certificates.
+        temperature: of the logged losses, and so of the bounds.
+        buffer_size: images of past tasks kept.
+        defect: class that must not be missed, for costs.
+        miss_cost: of one missed defect.
+        alarm_cost: of one false alarm.
+    """
+    from experiments.check import Request
+    from experiments.check import check as find_out
+
+    request = Request(
+        data=str(data),
+        label=label,
+        threshold=threshold,
+        tasks=tasks,
+        image_size=image_size,
+        images=images,
+        minutes=minutes,
+        jobs=jobs or len(os.sched_getaffinity(0)),
+        confidence=confidence,
+        temperature=temperature,
+        buffer_size=buffer_size,
+        defect=defect,
+        miss_cost=miss_cost,
+        alarm_cost=alarm_cost,
+    )
+    return find_out(request, out / (name or data.resolve().stem))
 
 
 def audit(directory: tyro.conf.Positional[Path], head: str = "") -> int:
@@ -147,6 +211,7 @@ def main() -> int:
         commands: dict[str, Any] = {
             "run": partial(run, config=_defaults()),
             "sweep": sweep,
+            "check": check,
             "audit": audit,
             "rollback": rollback,
             "fetch": fetch,
