@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cila_kernels import reference, streaming
-from cila_kernels._problem import MissingPositive, Problem, check_row_vector, found, prepare
+from cila_kernels._candidates import prepare
+from cila_kernels._problem import Inputs, MissingPositive, check, check_row_vector, found
 from cila_kernels._rows import RowLosses
 
 Impl = Literal["auto", "reference", "streaming", "triton"]
@@ -82,7 +83,7 @@ def info_nce_distill(
     Sources: InfoNCE (van den Oord et al. 2018), SupCon (Khosla et al. 2020, L_out), instance-wise relation
     distillation (Cha et al. 2021).
     """
-    problem = prepare(
+    inputs = check(
         query,
         key,
         teacher_query,
@@ -100,7 +101,7 @@ def info_nce_distill(
         strict=strict,
         allow_tf32=allow_tf32,
     )
-    return _module(impl, problem).row_losses(problem)
+    return _module(impl, inputs).row_losses(prepare(inputs))
 
 
 def info_nce_distill_loss(
@@ -146,7 +147,7 @@ def info_nce_distill_loss(
             )
     elif anchor_mask is not None:
         raise TypeError(f"anchor_mask must be a bool tensor, got {type(anchor_mask).__name__}")
-    problem = prepare(
+    inputs = check(
         query,
         key,
         teacher_query,
@@ -165,7 +166,7 @@ def info_nce_distill_loss(
         allow_tf32=allow_tf32,
     )
     weights = _contrastive_weight(query, anchor_mask), _distill_weight(query, distill_weight)
-    loss, rows = _module(impl, problem).reduced_loss(problem, *weights)
+    loss, rows = _module(impl, inputs).reduced_loss(prepare(inputs), *weights)
     return ReducedLoss(loss, *rows)
 
 
@@ -193,12 +194,12 @@ def _distill_weight(query: Tensor, weight: float | Tensor) -> Tensor:
     return rows / n
 
 
-def _module(impl: str, problem: Problem) -> ModuleType:
+def _module(impl: str, inputs: Inputs) -> ModuleType:
     if impl not in ("auto", "reference", "streaming", "triton"):
         raise ValueError(f"impl must be 'auto', 'reference', 'streaming' or 'triton', got {impl!r}")
     if impl == "reference":
         return reference
-    if impl == "streaming" or (impl == "auto" and problem.query.device.type != "cuda"):
+    if impl == "streaming" or (impl == "auto" and inputs.query.device.type != "cuda"):
         return streaming
     try:
         from cila_kernels import fused
@@ -208,7 +209,7 @@ def _module(impl: str, problem: Problem) -> ModuleType:
         raise RuntimeError(
             "impl='triton' needs the package triton, which is not installed: use impl='streaming'"
         ) from error
-    reason = fused.unavailable(problem)
+    reason = fused.unavailable(inputs)
     if reason is None:
         return fused
     if impl == "auto":
