@@ -1,7 +1,7 @@
 """Processes that form a process group over gloo, and what they run on request: the ranks of tests/test_sharded.py.
 
-A group of each size is started once and runs many calls. Functions get (rank, size, arguments) and return something that
-can be pickled; an exception is returned as its type's name and its text.
+A group of each size is started once and runs many calls. Functions get (rank, size, *arguments) and return something
+that can be pickled; an exception comes back as a :class:`Failure`.
 """
 
 import multiprocessing

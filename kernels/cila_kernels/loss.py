@@ -77,12 +77,20 @@ def info_nce_distill(
     - allow_tf32: "triton" may round float32 factors to TF32; half precision is always summed in float32.
     - impl: "reference" (float64, all similarities: the oracle), "streaming" (any device, row blocks), "triton" (GPU),
       or "auto": "triton" for CUDA tensors where it is installed, else "streaming".
+    - group: the torch.distributed process group of the ranks that all make this call, each with queries and keys of its
+      own, in any number: the keys of all of them, those of rank 0 first, are every query's candidates, and ``positive``
+      counts in that order. What gradients are then: :mod:`cila_kernels.sharded`.
+    - exchange: with a group, "ring" (keys travel from rank to rank, and no rank holds all of them) or "all_gather"
+      (every rank holds all keys; so does impl="reference" always).
+    - timeout: with a group, seconds to wait for another rank; default: the group's own time-out.
 
     Returns per-row losses (N,) in nats, differentiable with any upstream gradient; half-precision input is computed
     and returned in float32.
 
     Raises ValueError or TypeError for wrong shapes, dtypes, devices, non-finite embeddings, temperatures <= 0, an
-    empty candidate set, an index out of range or missing positives; RuntimeError if ``impl`` is not available.
+    empty candidate set, an index out of range or missing positives; RuntimeError if ``impl`` is not available. With a
+    group every rank raises what one of them meets, and a ValueError where they differ in an argument that must be the
+    same; both name the ranks. RuntimeError if a rank does not answer; the process group is lost then.
 
     Sources: InfoNCE (van den Oord et al. 2018), SupCon (Khosla et al. 2020, L_out), instance-wise relation
     distillation (Cha et al. 2021).
@@ -149,6 +157,11 @@ def info_nce_distill_loss(
     - anchor_mask (N,) bool: the rows whose contrastive loss counts (asymmetric SupCon: rows of the current task);
       default all. Other rows need no positive, and are distilled all the same. A mask without any True gives
       contrastive loss 0 with on_missing_positive="ignore", and an error otherwise.
+
+    With a ``group`` the means are over the anchors and the rows of all ranks. The loss returned is the number of ranks
+    times this rank's share of them: the average over the ranks of the losses, and of the gradients as
+    DistributedDataParallel forms it, is the loss of all rows on one device, and its gradient. With as many rows and
+    anchors on every rank it is the mean over this rank's.
 
     Raises what :func:`info_nce_distill` raises, and the same for the two arguments above.
     """

@@ -11,6 +11,10 @@ rows of all ranks. A query is in no other rank's rows, so the same holds for it.
 of the rank's own L_r. Averaged over W ranks, as DistributedDataParallel does, the gradients of an encoder's parameters
 and of the temperatures are therefore those of sum_r L_r / W.
 
+All ranks must make the same calls in the same order, the backward passes too, and run each of these or none: in the
+ring a rank that skips one, or another that has no use for its loss, keeps the others waiting. Whether keys require grad
+must be the same on all ranks; whether queries and temperatures do need not.
+
 Sums over ranks have a fixed order, that of the ring, so that runs repeat bit by bit; another number of ranks, or rows
 and keys on other ranks, change the rounding.
 """
@@ -40,7 +44,7 @@ _OF_KEYS = ("key", "teacher_key", "key_label", "key_id")  # what a shard consist
 
 
 def together(
-    group: ProcessGroup | None, exchange: Exchange, timeout: float | None
+    group: ProcessGroup | None, exchange: Exchange = "ring", timeout: float | None = None
 ) -> AbstractContextManager[Call | None]:
     """A body that every rank of ``group`` runs: its error on one rank is raised on all, and so is a difference in what
     :meth:`Call.agree` says. None without a group."""
