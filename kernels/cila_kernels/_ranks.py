@@ -225,7 +225,7 @@ def _message(facts: Facts, failure: Exception | None) -> bytes:
     if failure is None:
         return json.dumps({"same": facts.same, "own": facts.own}).encode()
     kind, text = type(failure).__name__, str(failure)
-    if kind not in _ERRORS:
+    if kind not in (*_ERRORS, "RuntimeError"):
         text = f"{kind}: {text}"
     text = text[:_ERROR_CHARACTERS].encode("ascii", "replace").decode()
     return json.dumps({"kind": kind, "error": text}).encode()
