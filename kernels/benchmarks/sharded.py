@@ -5,10 +5,10 @@
     python kernels/benchmarks/sharded.py --smoke   # both in miniature; writes nothing
 
 Every method runs forward + backward once in fresh processes, one thread each, after a call on 8 rows. Memory: growth of
-the peak resident set (VmHWM in /proc) during the call, the largest of all ranks, whose inputs exist before. Bytes: what
-the loopback device sent during the call (the other methods of the machine must be silent: what it sends when idle is
-stored too), by the number of ranks; beside it, what the formulas of the model say. No time is measured: ranks share two
-cores, and loopback is no network.
+the peak resident set (VmHWM in /proc) during the call, the largest of all ranks, whose inputs exist before; glibc gives
+freed blocks of 64 KiB or more back at once, or what it keeps would count. Bytes: what the loopback device sent during
+the call, by the number of ranks (nothing else may use it: what it sends when idle is stored too); beside it, what the
+model's formulas say. No time is measured: ranks share the cores, and loopback is no network.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def _product_seconds(ranks: int, n: int) -> float:
 
 
 def _hidden_from(rate: float) -> float:
-    """Queries of a GPU from which a step of the ring computes as long as it transfers: forward 2 products for 2 matrices
-    in bf16, backward 4 products for those and one matrix in float32."""
+    """Queries of a GPU from which a step of the ring computes as long as it transfers: forward 2 products for 2
+    matrices in bf16, backward 4 products for those and one matrix in float32."""
     forward = 2 * HALF * MATRIX_RATE / (2 * 2 * rate)
     backward = (2 * HALF + FLOAT) * MATRIX_RATE / (4 * 2 * rate)
     return max(forward, backward)
@@ -205,6 +205,7 @@ def _peak_kibibytes() -> int:
 
 def measure(name: str, ranks: int, rows: int, width: int) -> dict[str, Any]:
     """One method on fresh processes."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     context = multiprocessing.get_context("forkserver")  # which imports torch once
     context.set_forkserver_preload(["torch", "cila_kernels"])
     with tempfile.TemporaryDirectory() as folder:
