@@ -6,8 +6,11 @@ does not fit the registers of the fused kernels. The processes of one group size
 
 import importlib.util
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -398,3 +401,15 @@ def test_no_group() -> None:
     tensors, options = small()
     with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup, got 'all'"):
         info_nce_distill(*tensors, **options, group="all")
+
+
+def test_benchmark_runs_in_miniature() -> None:
+    """All ways to shard the keys give one loss and the same gradients, or the exit status is 1."""
+    script = Path(__file__).parents[1] / "kernels" / "benchmarks" / "sharded.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, "--smoke"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for method in ('exchange="ring"', "gather with gradients, then dense"):
+        assert f"| 2 | {method} | " in done.stdout
+    assert "| 64, InfiniBand" in done.stdout
