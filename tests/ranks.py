@@ -134,22 +134,31 @@ def losses(
     reduced: bool = False,
     frozen: tuple[tuple[int, str], ...] = (),
     alone: bool = False,
+    backend: str | None = None,
 ) -> list[Tensor | None]:
     """This rank's losses, and the gradients in its query and key and in the student's temperatures: of a sum over all
     rows with weights of either sign, or of the reduced loss.
 
-    ``frozen``: (rank, name) of what requires no grad; ``alone``: without a group, which is what one device gives.
+    ``frozen``: (rank, name) of what requires no grad; ``alone``: without a group, which is what one device gives;
+    ``backend``: in a group of this backend, on GPUs if it is nccl.
     """
-    weight = torch.linspace(-1.0, 2.0, len(tensors[0]), dtype=torch.float64)
+    group, device = None if alone else dist.group.WORLD, "cpu"
+    if backend is not None:
+        group, device = dist.new_group(backend=backend), f"cuda:{rank}" if backend == "nccl" else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(rank)
+    weight = torch.linspace(-1.0, 2.0, len(tensors[0]), dtype=torch.float64, device=device)
     weight = weight[rows_of(rank, size, len(weight), queries=True)]
-    (query, key, *teacher), options = part(rank, size, tensors, options)
-    inputs = {"query": query.clone(), "key": key.clone()}
+    tensors, options = part(rank, size, tensors, options)
+    query, key, *teacher = (t if t is None else t.to(device, copy=True) for t in tensors)
+    options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    inputs = {"query": query, "key": key}
     for name in ("temperature", "student_temperature"):
         if name in options:
-            inputs[name] = torch.tensor(options[name], dtype=torch.float64)
+            inputs[name] = torch.tensor(options[name], dtype=torch.float64, device=device)
     for name, tensor in inputs.items():
         tensor.requires_grad_((rank, name) not in frozen)
-    options |= inputs | ({} if alone else {"group": dist.group.WORLD, "timeout": SECONDS / 2})
+    options |= inputs | {"group": group, "timeout": SECONDS / 2}
     function = cila_kernels.info_nce_distill_loss if reduced else cila_kernels.info_nce_distill
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* is not unit-norm")
@@ -162,7 +171,7 @@ def losses(
             loss = loss + (result.distillation * (1.0 - weight)).sum()
     loss.backward()
     found = (*result, *(tensor.grad for tensor in inputs.values()))
-    return [None if x is None else x.detach().double() for x in found]
+    return [None if x is None else x.detach().double().cpu() for x in found]
 
 
 def merged(results: list[list[Tensor | None]], *, reduced: bool = False) -> list[Tensor | None]:
@@ -214,6 +223,37 @@ def accumulate(rank: int, size: int, tensors: list[Any], options: dict[str, Any]
     two.sum().backward()
     one.backward()
     return [query.grad, key.grad]
+
+
+class Ignore(torch.autograd.Function):
+    """Passes a number on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+def ignore(rank: int, size: int, tensors: list[Any], options: dict[str, Any], *, undefined: bool) -> Tensor:
+    """Gradient in a rank's keys where rank 1's loss has none: undefined, or zero."""
+    key = part(rank, size, tensors, {})[0][1].clone().requires_grad_()
+    loss = call(rank, size, tensors, options, key=key).contrastive.sum()
+    if rank == 1:
+        loss = Ignore.apply(loss) if undefined else 0.0 * loss
+    return torch.autograd.grad(loss, key)[0]
+
+
+def moco(rank: int, size: int, query: list[Tensor], key: list[Tensor], queues: list[Tensor]) -> list[Tensor]:
+    """The lines of kernels/README.md."""
+    q, k, queue = query[rank].clone().requires_grad_(), key[rank], queues[rank]
+    keys = torch.cat([k, queue])
+    positive = rank * len(keys) + torch.arange(len(q))
+    group = dist.group.WORLD
+    loss = cila_kernels.info_nce_distill_loss(q, keys, positive=positive, temperature=0.07, group=group).loss
+    return [loss.detach(), *torch.autograd.grad(loss, q)]
 
 
 def repeat(rank: int, size: int, tensors: list[Any], options: dict[str, Any]) -> bool:

@@ -193,6 +193,41 @@ def test_queries_or_temperatures_without_gradient_on_some_ranks(exchange: str) -
             assert mine is None or torch.allclose(mine, exact, rtol=1e-12, atol=1e-14)
 
 
+def test_a_rank_whose_loss_has_no_gradient_passes_on_that_of_others() -> None:
+    tensors, options = problem(SHAPE, "label+id")
+    undefined, zero = (on(4, ranks.ignore, tensors, options, undefined=flag) for flag in (True, False))
+    for mine, other in zip(undefined, zero, strict=True):
+        assert torch.equal(mine, other)
+        assert mine.abs().max() > 0.0
+
+
+def test_moco_queues() -> None:
+    """Each rank's queue holds negatives of all ranks: against the dense cross entropy over all of them."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, queues = ([unit(generator, rows, 6) for _ in range(3)] for rows in (5, 5, 11))
+    everyone = torch.cat([x for pair in zip(key, queues, strict=True) for x in pair])
+    for rank, (loss, gradient) in enumerate(on(3, ranks.moco, query, key, queues)):
+        q = query[rank].clone().requires_grad_()
+        expected = functional.cross_entropy(q @ everyone.T / 0.07, 16 * rank + torch.arange(5))
+        assert torch.allclose(loss, expected, rtol=1e-12)
+        assert torch.allclose(gradient, torch.autograd.grad(expected, q)[0], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "gloo",
+        pytest.param("nccl", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),
+    ],
+)
+def test_backends(backend: str) -> None:
+    for impl, exchange in [mode for mode in MODES if backend == "nccl" or mode[0] != "triton"]:
+        tensors, options, _ = case("ids")
+        expected = losses(0, 1, tensors, options | {"impl": "reference"}, alone=True)
+        options |= {"impl": impl, "exchange": exchange}
+        compare(merged(on(2, losses, tensors, options, backend=backend)), expected, torch.float32)
+
+
 @pytest.mark.parametrize("exchange", ["ring", "all_gather"])
 def test_gradients_accumulate(exchange: str) -> None:
     tensors, options = problem(SHAPE, "index")
@@ -412,4 +447,7 @@ def test_benchmark_runs_in_miniature() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for method in ('exchange="ring"', "gather with gradients, then dense"):
         assert f"| 2 | {method} | " in done.stdout
-    assert "| 64, InfiniBand" in done.stdout
+    table = re.findall(r"^\| (?:8|64), .*$", done.stdout, re.MULTILINE)
+    assert len(table) == 6
+    documented = (script.parents[1] / "README.md").read_text()
+    assert all(line in documented for line in table), "\n".join(table)

@@ -141,10 +141,11 @@ def model() -> Iterator[str]:
         ):
             sent = sum(Sent.of(method, ranks, MODEL_ROWS, MODEL_WIDTH, HALF))
             most = _most_rows(method, ranks)
+            seconds = _product_seconds(ranks, most)
             yield (
                 f"| {ranks}, {link} | {label} | {sent / 1e9:.1f} | {sent / rate * 1e3:.0f} | {products * 1e3:.0f} | "
                 f"{gpu_bytes(method, ranks, MODEL_ROWS, MODEL_WIDTH) / 1e9:.1f} | "
-                f"{_rounded(most)} ({_product_seconds(ranks, most):,.2f} s) |"
+                f"{_rounded(most)} ({seconds:,.{0 if seconds >= 10 else 2}f} s) |"
             )
     for ranks, (link, rate) in LINKS.items():
         rows = _hidden_from(rate)

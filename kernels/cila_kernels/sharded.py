@@ -131,9 +131,10 @@ class Call:
             with self.ranks.agreement():
                 return module.reduced_loss(self._gathered(inputs, module), contrastive_weight, distill_weight)
         rows = self.row_losses(inputs, module)
-        loss = torch.dot(contrastive_weight.to(rows.contrastive.dtype), rows.contrastive)
-        if rows.distillation is not None:
-            loss = loss + torch.dot(distill_weight.to(loss.dtype), rows.distillation)
+        with torch.autocast(inputs.query.device.type, enabled=False):
+            loss = torch.dot(contrastive_weight.to(rows.contrastive.dtype), rows.contrastive)
+            if rows.distillation is not None:
+                loss = loss + torch.dot(distill_weight.to(loss.dtype), rows.distillation)
         return loss, rows.detach()
 
     def _gathers(self, module: ModuleType) -> bool:
