@@ -116,7 +116,7 @@ def info_nce_distill(
         )
         module = _module(impl, inputs)
         if call is not None:
-            call.agree(inputs, module, anchors=0, call="info_nce_distill")
+            call.agree(inputs, module, call="info_nce_distill")
     if call is None:
         return module.row_losses(prepare(inputs))
     return call.row_losses(inputs, module)
@@ -196,7 +196,7 @@ def info_nce_distill_loss(
             call.agree(
                 inputs,
                 module,
-                anchors=int(anchors.sum()),
+                anchors,
                 call="info_nce_distill_loss",
                 distill_weight="one per row" if per_row else float(distill_weight),
             )

@@ -66,8 +66,9 @@ class Call:
     exchange: Exchange
     facts: Facts
 
-    def agree(self, inputs: Inputs, module: ModuleType, anchors: int, **options: Any) -> None:
-        """Says what must be the same on every rank, and how many rows this one has."""
+    @torch.compiler.disable
+    def agree(self, inputs: Inputs, module: ModuleType, anchors: Tensor | None = None, **options: Any) -> None:
+        """Says what must be the same on every rank, and how many rows and ``anchors`` (N,) this one has."""
         if self.exchange not in ("ring", "all_gather"):
             raise ValueError(f"exchange must be 'ring' or 'all_gather', got {self.exchange!r}")
         self.ranks.check(inputs.query.device)
@@ -96,7 +97,7 @@ class Call:
         self.facts.own.update(
             queries=inputs.query.shape[0],
             keys=inputs.key.shape[0],
-            anchors=anchors,
+            anchors=inputs.query.shape[0] if anchors is None else int(anchors.sum()),
             embedding_gradients=int(differentiable and (inputs.query.requires_grad or inputs.key.requires_grad)),
         )
 
