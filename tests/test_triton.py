@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 from cila_kernels import _operators, _tuning, fused, info_nce_distill, info_nce_distill_loss, streaming  # noqa: E402
 from cila_kernels._triton_kernels import gradient_kernel  # noqa: E402
 from cila_kernels.loss import _module  # noqa: E402
-from tests.test_kernels import problem  # noqa: E402
+from tests.test_kernels import check, problem  # noqa: E402
 
 SHAPES = [(1, 1, 3, 2), (7, 11, 5, 3), (130, 257, 64, 32), (70, 90, 300, 20), (40, 150, 20, 160), (64, 128, 128, 128)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,17 +42,6 @@ def run(impl: Any, tensors: list[Tensor], options: dict[str, Any], **change: Any
     loss = rows.contrastive @ weight + rows.distillation @ weight.flip(0)
     gradients = torch.autograd.grad(loss, (query, key, temperature, student_temperature))
     return [value.detach().double() for value in (*rows, *gradients)]
-
-
-def check(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
-    """Losses to a few units of float32; gradients in the embeddings to two roundings of their dtype."""
-    for i, (mine, exact) in enumerate(zip(found, expected, strict=True)):
-        embedding = i in (4, 5)
-        epsilon = torch.finfo(dtype if embedding else torch.float32).eps
-        scale = exact.abs().max() if embedding else 1.0 + exact.abs().max()
-        assert (mine - exact).abs().max() <= 16 * torch.finfo(torch.float32).eps * (
-            1.0 + scale
-        ) + 2 * epsilon * scale, i
 
 
 @pytest.mark.filterwarnings("ignore:.* is not unit-norm")

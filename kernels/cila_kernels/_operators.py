@@ -124,10 +124,11 @@ def embedding_gradients(
     upstream: Tensor,
     of_query: bool,
     of_key: bool,
+    rounded: bool,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in query (N, D) and key (M, D), in their dtype, from ``upstream`` (8, N) of the statistics; what is not
-    asked for is empty."""
+    """Gradients in query (N, D) and key (M, D), ``rounded`` to their dtype or in float32, from ``upstream`` (8, N) of
+    the statistics (of which 0, 1 and 3 are used: those of these keys, or of more); what is not asked for is empty."""
     scale = _scale(temperature, student_temperature, teacher_temperature)
     terms = _row_terms(statistics, upstream, positive_count, temperature, student_temperature, shared)
     inverse = None
@@ -150,19 +151,20 @@ def embedding_gradients(
             (of_query, of_key),
             allow_tf32,
         )
+    dtype = query.dtype if rounded else torch.float32
     d_query, d_key = (
-        query.new_empty(0) if g is None else (g if inverse is None else g.mul_(inverse)).to(query.dtype)
-        for g in gradients
+        query.new_empty(0) if g is None else (g if inverse is None else g.mul_(inverse)).to(dtype) for g in gradients
     )
     return d_query, d_key
 
 
 @embedding_gradients.register_fake
 def _(query: Tensor, key: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    of_query, of_key = arguments[-3:-1]
+    of_query, of_key, rounded, _ = arguments[-4:]
+    dtype = query.dtype if rounded else torch.float32
     return (
-        torch.empty_like(query) if of_query else query.new_empty(0),
-        torch.empty_like(key) if of_key else query.new_empty(0),
+        torch.empty_like(query, dtype=dtype) if of_query else query.new_empty(0),
+        torch.empty_like(key, dtype=dtype) if of_key else query.new_empty(0),
     )
 
 
@@ -188,6 +190,7 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
                 upstream,
                 wanted[0],
                 wanted[1],
+                True,
                 ctx.allow_tf32,
             )
         if wanted[10]:

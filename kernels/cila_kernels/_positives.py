@@ -48,8 +48,8 @@ def _numbers(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Positives:
-    """Positives of every row among ``keys`` keys: one by ``index`` (N,), or all of ``groups``. ``count`` (N,) is their
-    number."""
+    """Positives of every row among ``keys`` keys: one by ``index`` (N,), -1 where it is none of these keys, or all of
+    ``groups``. ``count`` (N,) is the number by which sums over a row's positives become means."""
 
     index: Tensor | None
     groups: tuple[Group, ...]
@@ -59,12 +59,17 @@ class Positives:
     def mean_similarity(self, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
         """(N,) mean over the row's positives of query . key in ``dtype``, 0 for a row without any; differentiable,
         O((N + M) D)."""
+        return self.similarity_sum(query, key, dtype) / self.count.clamp(min=1)
+
+    def similarity_sum(self, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same, not divided by the count."""
         query = query.to(dtype)
         if self.index is not None:
-            return torch.linalg.vecdot(query, key[self.index].to(dtype))
+            similarity = torch.linalg.vecdot(query, key[self.index.clamp(min=0)].to(dtype))
+            return torch.where(self.index >= 0, similarity, 0.0)
         key = key.to(dtype)
         total = sum((group.sign * group.sums(key) for group in self.groups), torch.zeros_like(query))
-        return torch.linalg.vecdot(query, total) / self.count.clamp(min=1)
+        return torch.linalg.vecdot(query, total)
 
     def numbers(self) -> tuple[Tensor, Tensor]:
         """int32 (N,) and (M,): equal where the key, unless it is excluded, is a positive of the query."""

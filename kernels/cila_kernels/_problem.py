@@ -1,18 +1,16 @@
-"""One validated call: the tensors, exclusions, positives and temperatures that every implementation starts from."""
+"""One validated call: the tensors, ids, labels and temperatures that every implementation starts from."""
 
 from __future__ import annotations
 
 import math
 import numbers
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-
-from cila_kernels._exclusion import Exclusion
-from cila_kernels._positives import Group, Positives
 
 MissingPositive = Literal["error", "ignore"]
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -22,18 +20,25 @@ _SHOWN = 10  # rows named in an error
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Validated inputs: query (N, D), key (M, D), teacher_query (N, D'), teacher_key (M, D'), 0-d temperatures."""
+class Inputs:
+    """Validated arguments: query (N, D), key (M, D), teacher_query (N, D'), teacher_key (M, D'), 0-d temperatures;
+    positives as indices (N,) or labels, labels and ids of queries (N,) and keys (M,) as int64; ``needs_positive`` (N,)
+    marks the rows whose contrastive loss is used (default: all)."""
 
     query: Tensor
     key: Tensor
     teacher_query: Tensor | None
     teacher_key: Tensor | None
-    positives: Positives
-    exclusion: Exclusion | None
+    positive: Tensor | None
+    query_label: Tensor | None
+    key_label: Tensor | None
+    query_id: Tensor | None
+    key_id: Tensor | None
     temperature: Tensor
     student_temperature: Tensor
     teacher_temperature: Tensor
+    on_missing_positive: MissingPositive
+    needs_positive: Tensor | None
     allow_tf32: bool
 
     @property
@@ -42,7 +47,7 @@ class Problem:
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
 
-def prepare(
+def check(
     query: Tensor,
     key: Tensor,
     teacher_query: Tensor | None,
@@ -60,12 +65,9 @@ def prepare(
     needs_positive: Tensor | None,
     strict: bool,
     allow_tf32: bool,
-) -> Problem:
-    """Checks everything that can be wrong with a call, in O((N + M) D); ValueError or TypeError names the value and
-    the remedy.
-
-    ``needs_positive`` (N,) marks the rows whose contrastive loss is used (default: all).
-    """
+) -> Inputs:
+    """Checks what can be wrong with the arguments, in O((N + M) D); ValueError or TypeError names the value and the
+    remedy."""
     if on_missing_positive not in ("error", "ignore"):
         raise ValueError(f"on_missing_positive must be 'error' or 'ignore', got {on_missing_positive!r}")
     _check_embeddings("query", query, "key", key, strict)
@@ -92,34 +94,10 @@ def prepare(
     query_label, key_label = _check_pair("query_label", query_label, n, "key_label", key_label, m, device)
     if (positive is None) == (query_label is None):
         raise ValueError("give the positives either as key indices (positive) or as labels (query_label and key_label)")
+    if positive is not None:
+        positive = _check_vector("positive", positive, n, device)
     if query_id is None:
         _check_candidates(query, key)
-    exclusion = None
-    if query_id is not None and key_id is not None:
-        exclusion = Exclusion.of(query_id, key_id)
-        empty = exclusion.count == m
-        if found(empty):
-            raise ValueError(
-                f"every key carries the id of {_rows(empty)}: the candidate set is empty; add keys or drop the rows"
-            )
-    if positive is not None:
-        positives = _index_positives(positive, n, m, device, exclusion)
-    else:
-        assert query_label is not None and key_label is not None
-        labels = query_label, key_label
-        groups = [Group.of(1, labels)]
-        if exclusion is not None:
-            groups.append(Group.of(-1, labels, (exclusion.query_id, exclusion.key_id)))
-        count = torch.stack([group.sign * group.sizes() for group in groups]).sum(0)
-        positives = Positives(None, tuple(groups), count, m)
-        missing = positives.count == 0
-        if needs_positive is not None:
-            missing &= needs_positive
-        if on_missing_positive == "error" and found(missing):
-            raise ValueError(
-                f"no key but itself has the label of {_rows(missing)}: add positives, "
-                "or pass on_missing_positive='ignore' to count their contrastive loss as 0"
-            )
 
     own_temperature = _check_temperature("temperature", temperature, device)
     student = (
@@ -134,16 +112,21 @@ def prepare(
     )
     if teacher_temperature is not None and teacher.requires_grad:
         raise ValueError("the teacher is frozen, but teacher_temperature requires grad: detach it")
-    return Problem(
+    return Inputs(
         query=query,
         key=key,
         teacher_query=teacher_query,
         teacher_key=teacher_key,
-        positives=positives,
-        exclusion=exclusion,
+        positive=positive,
+        query_label=query_label,
+        key_label=key_label,
+        query_id=query_id,
+        key_id=key_id,
         temperature=own_temperature,
         student_temperature=student,
         teacher_temperature=teacher.detach(),
+        on_missing_positive=on_missing_positive,
+        needs_positive=needs_positive,
         allow_tf32=allow_tf32,
     )
 
@@ -166,18 +149,6 @@ def check_row_vector(name: str, value: Tensor, n: int, device: torch.device, dty
     if value.device != device:
         raise ValueError(f"all tensors must be on one device, got query on {device} and {name} on {value.device}")
     return value
-
-
-def _index_positives(index: Tensor, n: int, m: int, device: torch.device, exclusion: Exclusion | None) -> Positives:
-    index = _check_vector("positive", index, n, device)
-    outside = (index < 0) | (index >= m)
-    if found(outside):
-        raise ValueError(f"positive must be a key index in 0..{m - 1}, but is not for {_rows(outside)}")
-    if exclusion is not None:
-        own = exclusion.query_id == exclusion.key_id[index]
-        if found(own):
-            raise ValueError(f"the positive key carries the row's own id, which excludes it, for {_rows(own)}")
-    return Positives(index, (), torch.ones_like(index), m)
 
 
 def _check_vector(name: str, value: Tensor, n: int, device: torch.device) -> Tensor:
@@ -216,7 +187,9 @@ def _check_embeddings(query_name: str, query: Tensor, key_name: str, key: Tensor
             norm = torch.linalg.vector_norm(value, dim=1, dtype=torch.promote_types(value.dtype, torch.float32))
         not_finite = ~torch.isfinite(norm)
         if found(not_finite):
-            raise ValueError(f"{name} is not finite in {_rows(not_finite)}: a NaN or infinity came out of the encoder")
+            raise ValueError(
+                f"{name} is not finite in {rows_of(not_finite)}: a NaN or infinity came out of the encoder"
+            )
         if found((norm - 1.0).abs() > tolerance):
             message = (
                 f"{name} is not unit-norm (norms {norm.min():.4g} to {norm.max():.4g}): "
@@ -240,10 +213,13 @@ _warned: set[str] = set()
 
 
 def _warn_once(kind: str, message: str) -> None:
-    """Once per process and kind, whatever the values in the message."""
+    """Once per process and kind, whatever the values in the message; points to the caller of the package."""
     if kind not in _warned and not torch.compiler.is_compiling():
         _warned.add(kind)
-        warnings.warn(message, UserWarning, stacklevel=5)
+        level = 1
+        while sys._getframe(level).f_globals.get("__name__", "").startswith("cila_kernels."):
+            level += 1
+        warnings.warn(message, UserWarning, stacklevel=level + 1)
 
 
 def _check_temperature(name: str, value: float | Tensor, device: torch.device) -> Tensor:
@@ -264,7 +240,7 @@ def _check_temperature(name: str, value: float | Tensor, device: torch.device) -
     return tensor.to(device)
 
 
-def _rows(mask: Tensor) -> str:
+def rows_of(mask: Tensor) -> str:
     """The rows of a mask, for a message."""
     rows = mask.nonzero().flatten().tolist()
     more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""

@@ -7,45 +7,36 @@ autograd knows how gradients flow.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cila_kernels._operators import row_statistics
-from cila_kernels._problem import Problem
+from cila_kernels._candidates import Problem
+from cila_kernels._operators import embedding_gradients, row_statistics
+from cila_kernels._problem import Inputs
 from cila_kernels._rows import RowLosses
+from cila_kernels._statistics import Statistics, Teacher
 from cila_kernels._tuning import INTERPRETED
 
 
-def unavailable(problem: Problem) -> str | None:
-    """Why this problem cannot be solved here, with the remedy; None if it can."""
-    if problem.compute_dtype == torch.float64:
+def unavailable(inputs: Inputs) -> str | None:
+    """Why this cannot be computed here, with the remedy; None if it can."""
+    if inputs.compute_dtype == torch.float64:
         return "computes in float32, got float64 embeddings: use impl='streaming'"
-    if problem.query.device.type != "cuda" and not INTERPRETED:
-        return f"needs CUDA tensors, got {problem.query.device}: use impl='streaming', or TRITON_INTERPRET=1 for a test"
+    if inputs.query.device.type != "cuda" and not INTERPRETED:
+        return f"needs CUDA tensors, got {inputs.query.device}: use impl='streaming', or TRITON_INTERPRET=1 for a test"
     return None
 
 
 def row_losses(problem: Problem) -> RowLosses:
     """Per-row losses in float32, differentiable in query, key and the student's temperatures."""
     with torch.autocast(problem.query.device.type, enabled=False):
-        query, key = problem.query, problem.key
         with torch.no_grad():  # row_statistics differentiates it
-            positive = problem.positives.mean_similarity(query, key, torch.float32)
+            positive = problem.positives.mean_similarity(problem.query, problem.key, torch.float32)
+        slopes = problem.temperature.requires_grad or problem.student_temperature.requires_grad
         statistics = row_statistics(
-            query.contiguous(),
-            key.contiguous(),
-            _teacher(problem.teacher_query),
-            _teacher(problem.teacher_key),
-            *((None, None) if problem.exclusion is None else problem.exclusion.numbers()),
-            *problem.positives.numbers(),
-            problem.positives.count,
-            positive,
-            problem.temperature,
-            problem.student_temperature,
-            problem.teacher_temperature,
-            problem.student_temperature is problem.temperature,
-            problem.temperature.requires_grad or problem.student_temperature.requires_grad,
-            problem.allow_tf32,
+            *_matrices(problem), problem.positives.count, positive, *_temperatures(problem), slopes, problem.allow_tf32
         )
         log_sum, log_sum_distill, cross, log_sum_teacher, entropy, _, _, positive = statistics
         has_positive = problem.positives.count > 0
@@ -63,6 +54,80 @@ def row_losses(problem: Problem) -> RowLosses:
             entropy.detach(),
             torch.where(has_positive, teacher_contrastive, 0.0).detach(),
         )
+
+
+def shard_statistics(problem: Problem, *, slopes: bool) -> Statistics:
+    """As :func:`streaming.shard_statistics`."""
+    positives = problem.positives
+    positive = positives.similarity_sum(problem.query, problem.key, torch.float32)
+    log_sum, log_sum_student, cross, log_sum_teacher, entropy, mean, mean_student, positive = row_statistics(
+        *_matrices(problem), positives.count, positive, *_temperatures(problem), slopes, problem.allow_tf32
+    ).double()
+    teacher = None
+    if problem.teacher_query is not None and problem.teacher_key is not None:
+        teacher = Teacher(
+            log_sum_student,
+            mean_student if slopes else None,
+            log_sum_teacher,
+            cross,
+            entropy,
+            positives.similarity_sum(problem.teacher_query, problem.teacher_key, torch.float32).double(),
+        )
+    return Statistics(log_sum, mean if slopes else None, positive, teacher)
+
+
+def shard_gradients(
+    problem: Problem,
+    statistics: Statistics,
+    contrastive: Tensor | None,
+    distillation: Tensor | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """As :func:`streaming.shard_gradients`."""
+    log_sum = statistics.log_sum
+    rows, upstream = log_sum.new_zeros(8, len(log_sum)), log_sum.new_zeros(8, len(log_sum))
+    rows[0] = log_sum
+    if contrastive is not None:
+        upstream[0] = torch.where(problem.positives.count > 0, contrastive, 0.0)
+        upstream[7] = -upstream[0] / problem.temperature
+    if statistics.teacher is not None:
+        rows[1], rows[3] = statistics.teacher.log_sum_student, statistics.teacher.log_sum
+        if distillation is not None:
+            upstream[1] = distillation
+            upstream[2] = -upstream[1] / problem.student_temperature
+    d_query, d_key = embedding_gradients(
+        *_matrices(problem),
+        problem.positives.count,
+        *_temperatures(problem),
+        rows,
+        upstream,
+        *wanted,
+        False,
+        problem.allow_tf32,
+    )
+    return d_query if wanted[0] else None, d_key if wanted[1] else None
+
+
+def _matrices(problem: Problem) -> tuple[Any, ...]:
+    """Embeddings, ids and groups, as the operators take them."""
+    return (
+        problem.query.contiguous(),
+        problem.key.contiguous(),
+        _teacher(problem.teacher_query),
+        _teacher(problem.teacher_key),
+        *((None, None) if problem.exclusion is None else problem.exclusion.numbers()),
+        *problem.positives.numbers(),
+    )
+
+
+def _temperatures(problem: Problem) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """And whether both student temperatures are one."""
+    return (
+        problem.temperature,
+        problem.student_temperature,
+        problem.teacher_temperature,
+        problem.student_temperature is problem.temperature,
+    )
 
 
 def _teacher(embedding: Tensor | None) -> Tensor | None:

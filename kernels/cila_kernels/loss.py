@@ -8,9 +8,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from cila_kernels import reference, streaming
-from cila_kernels._problem import MissingPositive, Problem, check_row_vector, found, prepare
+from cila_kernels import reference, sharded, streaming
+from cila_kernels._candidates import prepare
+from cila_kernels._problem import Inputs, MissingPositive, check, check_row_vector, found
 from cila_kernels._rows import RowLosses
 
 Impl = Literal["auto", "reference", "streaming", "triton"]
@@ -45,6 +47,9 @@ def info_nce_distill(
     strict: bool = False,
     allow_tf32: bool = False,
     impl: Impl = "auto",
+    group: ProcessGroup | None = None,
+    exchange: sharded.Exchange = "ring",
+    timeout: float | None = None,
 ) -> RowLosses:
     """Contrastive and distillation loss of every query over all keys, without storing the N x M similarities.
 
@@ -72,35 +77,49 @@ def info_nce_distill(
     - allow_tf32: "triton" may round float32 factors to TF32; half precision is always summed in float32.
     - impl: "reference" (float64, all similarities: the oracle), "streaming" (any device, row blocks), "triton" (GPU),
       or "auto": "triton" for CUDA tensors where it is installed, else "streaming".
+    - group: the torch.distributed process group of the ranks that all make this call, each with queries and keys of its
+      own, in any number: the keys of all of them, those of rank 0 first, are every query's candidates, and ``positive``
+      counts in that order. What gradients are then: :mod:`cila_kernels.sharded`.
+    - exchange: with a group, "ring" (keys travel from rank to rank, and no rank holds all of them) or "all_gather"
+      (every rank holds all keys; so does impl="reference" always).
+    - timeout: with a group, seconds to wait for another rank; default: the group's own time-out.
 
     Returns per-row losses (N,) in nats, differentiable with any upstream gradient; half-precision input is computed
     and returned in float32.
 
     Raises ValueError or TypeError for wrong shapes, dtypes, devices, non-finite embeddings, temperatures <= 0, an
-    empty candidate set, an index out of range or missing positives; RuntimeError if ``impl`` is not available.
+    empty candidate set, an index out of range or missing positives; RuntimeError if ``impl`` is not available. With a
+    group every rank raises what one of them meets, and a ValueError where they differ in an argument that must be the
+    same; both name the ranks. RuntimeError if a rank does not answer; the process group is lost then.
 
     Sources: InfoNCE (van den Oord et al. 2018), SupCon (Khosla et al. 2020, L_out), instance-wise relation
     distillation (Cha et al. 2021).
     """
-    problem = prepare(
-        query,
-        key,
-        teacher_query,
-        teacher_key,
-        positive=positive,
-        query_label=query_label,
-        key_label=key_label,
-        query_id=query_id,
-        key_id=key_id,
-        temperature=temperature,
-        student_temperature=student_temperature,
-        teacher_temperature=teacher_temperature,
-        on_missing_positive=on_missing_positive,
-        needs_positive=None,
-        strict=strict,
-        allow_tf32=allow_tf32,
-    )
-    return _module(impl, problem).row_losses(problem)
+    with sharded.together(group, exchange, timeout) as call:
+        inputs = check(
+            query,
+            key,
+            teacher_query,
+            teacher_key,
+            positive=positive,
+            query_label=query_label,
+            key_label=key_label,
+            query_id=query_id,
+            key_id=key_id,
+            temperature=temperature,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            on_missing_positive=on_missing_positive,
+            needs_positive=None,
+            strict=strict,
+            allow_tf32=allow_tf32,
+        )
+        module = _module(impl, inputs)
+        if call is not None:
+            call.agree(inputs, module, call="info_nce_distill")
+    if call is None:
+        return module.row_losses(prepare(inputs))
+    return call.row_losses(inputs, module)
 
 
 def info_nce_distill_loss(
@@ -123,6 +142,9 @@ def info_nce_distill_loss(
     strict: bool = False,
     allow_tf32: bool = False,
     impl: Impl = "auto",
+    group: ProcessGroup | None = None,
+    exchange: sharded.Exchange = "ring",
+    timeout: float | None = None,
 ) -> ReducedLoss:
     """contrastive[anchor_mask].mean() + (distill_weight * distillation).mean(), and the per-row terms.
 
@@ -136,48 +158,65 @@ def info_nce_distill_loss(
       default all. Other rows need no positive, and are distilled all the same. A mask without any True gives
       contrastive loss 0 with on_missing_positive="ignore", and an error otherwise.
 
+    With a ``group`` the means are over the anchors and the rows of all ranks. The loss returned is the number of ranks
+    times this rank's share of them: the average over the ranks of the losses, and of the gradients as
+    DistributedDataParallel forms it, is the loss of all rows on one device, and its gradient. With as many rows and
+    anchors on every rank it is the mean over this rank's.
+
     Raises what :func:`info_nce_distill` raises, and the same for the two arguments above.
     """
-    if isinstance(anchor_mask, Tensor) and isinstance(query, Tensor):
-        anchor_mask = check_row_vector("anchor_mask", anchor_mask, query.shape[0], query.device, (torch.bool,))
-        if on_missing_positive == "error" and found(~anchor_mask.any()):
-            raise ValueError(
-                "anchor_mask selects no row: pass on_missing_positive='ignore' to count the contrastive loss as 0"
+    with sharded.together(group, exchange, timeout) as call:
+        if isinstance(anchor_mask, Tensor) and isinstance(query, Tensor):
+            anchor_mask = check_row_vector("anchor_mask", anchor_mask, query.shape[0], query.device, (torch.bool,))
+        elif anchor_mask is not None:
+            raise TypeError(f"anchor_mask must be a bool tensor, got {type(anchor_mask).__name__}")
+        inputs = check(
+            query,
+            key,
+            teacher_query,
+            teacher_key,
+            positive=positive,
+            query_label=query_label,
+            key_label=key_label,
+            query_id=query_id,
+            key_id=key_id,
+            temperature=temperature,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            on_missing_positive=on_missing_positive,
+            needs_positive=anchor_mask,
+            strict=strict,
+            allow_tf32=allow_tf32,
+        )
+        module = _module(impl, inputs)
+        distill_rows = _distill_rows(query, distill_weight)
+        anchors = distill_rows.new_ones(query.shape[0]) if anchor_mask is None else anchor_mask.double()
+        if call is not None:
+            per_row = isinstance(distill_weight, Tensor) and distill_weight.ndim > 0
+            call.agree(
+                inputs,
+                module,
+                anchors,
+                call="info_nce_distill_loss",
+                distill_weight="one per row" if per_row else float(distill_weight),
             )
-    elif anchor_mask is not None:
-        raise TypeError(f"anchor_mask must be a bool tensor, got {type(anchor_mask).__name__}")
-    problem = prepare(
-        query,
-        key,
-        teacher_query,
-        teacher_key,
-        positive=positive,
-        query_label=query_label,
-        key_label=key_label,
-        query_id=query_id,
-        key_id=key_id,
-        temperature=temperature,
-        student_temperature=student_temperature,
-        teacher_temperature=teacher_temperature,
-        on_missing_positive=on_missing_positive,
-        needs_positive=anchor_mask,
-        strict=strict,
-        allow_tf32=allow_tf32,
-    )
-    weights = _contrastive_weight(query, anchor_mask), _distill_weight(query, distill_weight)
-    loss, rows = _module(impl, problem).reduced_loss(problem, *weights)
+    n_anchors, n, ranks = anchors.sum(), query.shape[0], 1
+    if call is not None:
+        n_anchors, n, ranks = n_anchors.new_tensor(call.total("anchors")), call.total("queries"), call.ranks.size
+    if on_missing_positive == "error" and found(n_anchors == 0):
+        raise ValueError(
+            "anchor_mask selects no row: pass on_missing_positive='ignore' to count the contrastive loss as 0"
+        )
+    weights = ranks * anchors / n_anchors.clamp(min=1), ranks * distill_rows / n
+    if call is None:
+        loss, rows = module.reduced_loss(prepare(inputs), *weights)
+    else:
+        loss, rows = call.reduced_loss(inputs, module, *weights)
     return ReducedLoss(loss, *rows)
 
 
-def _contrastive_weight(query: Tensor, anchor_mask: Tensor | None) -> Tensor:
-    """1 / number of anchors on the anchors, float64 (N,)."""
-    if anchor_mask is None:
-        return torch.full((query.shape[0],), 1.0 / query.shape[0], dtype=torch.float64, device=query.device)
-    return anchor_mask.double() / anchor_mask.sum().clamp(min=1)
-
-
-def _distill_weight(query: Tensor, weight: float | Tensor) -> Tensor:
-    """lambda / N per row, float64 (N,)."""
+def _distill_rows(query: Tensor, weight: float | Tensor) -> Tensor:
+    """lambda per row, float64 (N,)."""
     n = query.shape[0]
     if isinstance(weight, Tensor):
         if weight.requires_grad:
@@ -190,15 +229,15 @@ def _distill_weight(query: Tensor, weight: float | Tensor) -> Tensor:
         raise TypeError(f"distill_weight must be a float or a tensor, got {weight!r}")
     if found(~(torch.isfinite(rows) & (rows >= 0))):
         raise ValueError(f"distill_weight must be finite and >= 0, got {weight!r}")
-    return rows / n
+    return rows
 
 
-def _module(impl: str, problem: Problem) -> ModuleType:
+def _module(impl: str, inputs: Inputs) -> ModuleType:
     if impl not in ("auto", "reference", "streaming", "triton"):
         raise ValueError(f"impl must be 'auto', 'reference', 'streaming' or 'triton', got {impl!r}")
     if impl == "reference":
         return reference
-    if impl == "streaming" or (impl == "auto" and problem.query.device.type != "cuda"):
+    if impl == "streaming" or (impl == "auto" and inputs.query.device.type != "cuda"):
         return streaming
     try:
         from cila_kernels import fused
@@ -208,7 +247,7 @@ def _module(impl: str, problem: Problem) -> ModuleType:
         raise RuntimeError(
             "impl='triton' needs the package triton, which is not installed: use impl='streaming'"
         ) from error
-    reason = fused.unavailable(problem)
+    reason = fused.unavailable(inputs)
     if reason is None:
         return fused
     if impl == "auto":

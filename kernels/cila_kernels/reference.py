@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cila_kernels._problem import Problem
+from cila_kernels._candidates import Problem
 from cila_kernels._rows import RowLosses
 
 
