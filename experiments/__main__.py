@@ -31,13 +31,16 @@ def run(
     """
     from experiments.directory import finished, finished_notice
     from experiments.train import run as train
+    from experiments.world import launched
 
     directory = out / config.name
-    result = finished(config, directory)
+    result = None if launched() else finished(config, directory)
     if result is None:
         result = train(config, directory, data_root=data_root)
     else:
         print(finished_notice(directory, result))
+    if not _speaks():
+        return 0
     for name, values in result["accuracy"].items():
         print(f"{name}: average accuracy {values['average_accuracy']:.3f}, forgetting {values['forgetting']:.3f}")
     print(f"log: {directory / 'losses.jsonl'}")
@@ -206,6 +209,11 @@ def _defaults() -> RunConfig:
     return preset(chosen.stream, chosen.schedule)
 
 
+def _speaks() -> bool:
+    """Whether this process is alone or the first of those that torchrun started, and so the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main() -> int:
     try:
         commands: dict[str, Any] = {
@@ -216,9 +224,13 @@ def main() -> int:
             "rollback": rollback,
             "fetch": fetch,
         }
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            commands = {name: commands[name] for name in ("run", "fetch")}  # of several ranks; the others start runs
         status: int = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments")
         return status
     except (ValueError, OSError) as error:
+        if not _speaks():
+            return 2
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = ": free some space; the same command goes on after the last finished epoch" if full else ""
         print(f"experiments: {error}{remedy}", file=sys.stderr)

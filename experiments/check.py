@@ -184,10 +184,8 @@ def _plan(base: RunConfig, request: Request, prepared: Prepared) -> dict[str, An
 
 def _in_words(plan: dict[str, Any]) -> str:
     seeds = f"{plan['seeds']} seed{'s' if plan['seeds'] > 1 else ''}"
-    text = (
-        f"{len(STAGES)} methods x {seeds}, {plan['epochs_first']} epochs on the first task and {plan['epochs']} on each "
-        f"later one, about {plan['expected_minutes']:g} minutes"
-    )
+    epochs = f"{plan['epochs_first']} epochs on the first task and {plan['epochs']} on later ones"
+    text = f"{len(STAGES)} methods x {seeds}, {epochs}, about {plan['expected_minutes']:g} minutes"
     if plan["too_short"]:
         text += f": the least that makes sense, though {plan['minutes']:g} were allowed"
     return text

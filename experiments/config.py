@@ -169,6 +169,8 @@ class RunConfig:
     """Of the training passes; "auto": bfloat16 (autocast) on a GPU. Logs and accuracies are always float32."""
     compile: bool = False
     """Whether the encoder that is trained by a contrastive method is compiled by torch.compile."""
+    sync_batchnorm: bool = False
+    """Whether batch statistics are those of all ranks (under torchrun, on GPUs), and not of each rank's share."""
     threads: int = 1
     """CPU threads of one run; runs are reproducible for equal numbers of threads."""
 

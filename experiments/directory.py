@@ -64,15 +64,29 @@ class Progress:
             raise ValueError(f"{path} is damaged ({reason}): {_remedy(path)}") from None
 
 
-def task_checkpoint(task: int) -> str:
-    """Where the state after ``task`` is kept, below the run's directory."""
-    return f"checkpoints/task-{task}.pt"
-
-
 def log_names(config: RunConfig) -> list[str]:
     """One log per geometry of the theory; the first is ``losses.jsonl``."""
     further = [f"losses-temperature{g.temperature:g}-negatives{g.n_negatives}.jsonl" for g in config.geometries[1:]]
     return ["losses.jsonl", *further]
+
+
+def put_on_file(
+    config: RunConfig, directory: Path, progress: Progress, event: str, task: int, facts: dict[str, Any]
+) -> None:
+    """The task's checkpoint, the audit entry that vouches for it and for the logs, then the running checkpoint: in this
+    order, so that whatever a crash leaves is made again as it was.
+    """
+    kept = None
+    if config.keep_checkpoints:
+        name = f"checkpoints/task-{task}.pt"
+        progress.save(directory / name)
+        kept = {"file": name, "sha256": audit.file_sha256(directory / name)}
+    logs = [
+        {"file": name, "lines": 1 + count, "sha256": audit.prefix_sha256(directory / name, 1 + count)}
+        for name, count in zip(log_names(config), progress.records, strict=True)
+    ]
+    audit.append(directory, event, task, {"checkpoint": kept, "logs": logs, **facts})
+    progress.save(directory / "checkpoint.pt")
 
 
 def finished(config: RunConfig, directory: Path) -> dict[str, Any] | None:

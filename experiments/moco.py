@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from experiments.models import Model
+from experiments.world import ALONE, World
 
 
 class KeyQueue:
     """The last ``size`` embeddings that a momentum encoder and the teacher have made of the task's training views.
 
     ``key`` (n, D), ``teacher_key`` (n, D') or None, and ``label`` (n,), n <= size; empty when a task begins. The keys
-    of the batch itself come from the encoder in training, with gradient; those of the queue carry none.
+    of the batch itself come from the encoder in training, with gradient; those of the queue carry none. Of several
+    ranks each holds its part of the queue.
     """
 
-    def __init__(self, model: Model, size: int, momentum: float) -> None:
+    def __init__(self, model: Model, size: int, momentum: float, world: World = ALONE) -> None:
         self.encoder = copy.deepcopy(model).requires_grad_(False).train()
-        self.size, self.momentum = size, momentum
+        self.size, self.momentum, self.world = -(-size // world.size), momentum, world
         self.key: Tensor | None = None
         self.teacher_key: Tensor | None = None
         self.label: Tensor | None = None
@@ -39,14 +41,16 @@ class KeyQueue:
         return (new if old is None else torch.cat([old, new]))[-self.size :]
 
     def state(self) -> dict[str, Any]:
-        """Tensors only, for a checkpoint."""
+        """Tensors only, of all ranks, for a checkpoint."""
         kept = {"key": self.key, "teacher_key": self.teacher_key, "label": self.label}
         return {"encoder": self.encoder.state_dict()} | {
-            name: value for name, value in kept.items() if value is not None
+            name: self.world.gathered(value) for name, value in kept.items() if value is not None
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.encoder.load_state_dict(state["encoder"])
         device = next(self.encoder.parameters()).device
-        kept = {name: state[name].to(device) for name in ("key", "teacher_key", "label") if name in state}
+        kept = {
+            name: self.world.share(state[name]).to(device) for name in ("key", "teacher_key", "label") if name in state
+        }
         self.key, self.teacher_key, self.label = kept.get("key"), kept.get("teacher_key"), kept.get("label")

@@ -45,6 +45,19 @@ class Model(nn.Module):
         return self.outputs(images).embedding
 
 
+class Logits(nn.Module):
+    """A model's logits (n, classes) as its forward pass; the model must have a classifier."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.model.outputs(images).logits
+        assert logits is not None
+        return logits
+
+
 def build_model(
     name: ModelName, shape: tuple[int, int, int], *, width: int | None = None, n_classes: int | None = None
 ) -> Model:

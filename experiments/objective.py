@@ -13,6 +13,7 @@ from cila_kernels import info_nce_distill_loss
 from experiments.config import RunConfig
 from experiments.methods import Method
 from experiments.moco import KeyQueue
+from experiments.world import ALONE, World
 
 
 class Loss(NamedTuple):
@@ -33,24 +34,27 @@ def contrastive_loss(
     current_task: int,
     weights: Sequence[float] = (),
     queue: KeyQueue | None = None,
+    world: World = ALONE,
 ) -> Loss:
     """contrastive_scale x contrastive loss + sum over rows of lambda x distillation / rows.
 
     ``embedding`` (2n, D): first the one view of every image, then the other; ``label`` and ``task`` (2n,): of the rows,
     tasks from 1; ``teacher`` (2n, D'): the previous model's embeddings. ``weights``: lambda for the rows of each of the
-    tasks 1..t. Candidates are all other rows and the queue. Anchors of the contrastive loss are the rows of the current
-    task t (asymmetric SupCon, Cha et al. 2021); all rows are distilled.
+    tasks 1..t. Candidates are all other rows and the queue, those of all ranks. Anchors of the contrastive loss are the
+    rows of the current task t (asymmetric SupCon, Cha et al. 2021); all rows are distilled.
     """
-    rows = len(embedding)
-    row_id = torch.arange(rows, device=embedding.device)
+    rows, first_id = len(embedding), world.rank * 2**40  # ids are different on every rank
+    row_id = first_id + torch.arange(rows, device=embedding.device)
+    if config.positives == "view" and world.group is not None:  # by label, as only the group knows a key's place
+        label = row_id[: rows // 2].repeat(2)
     key, key_label, key_id, teacher_key = embedding, label, row_id, teacher
     if queue is not None and queue.key is not None and queue.label is not None:
-        key, key_label = torch.cat([key, queue.key]), torch.cat([label, queue.label])
-        key_id = torch.arange(len(key), device=embedding.device)
+        key, key_id = torch.cat([key, queue.key]), first_id + torch.arange(rows + len(queue.key), device=key.device)
+        key_label = torch.cat([label, queue.label if config.positives == "class" else -1 - queue.label])
         if teacher is not None and queue.teacher_key is not None:
             teacher_key = torch.cat([teacher, queue.teacher_key])
     positives: dict[str, Tensor] = {"query_label": label, "key_label": key_label}
-    if config.positives == "view":
+    if config.positives == "view" and world.group is None:
         positives = {"positive": row_id.roll(rows // 2)}
     contrastive = method.contrastive or teacher is None
     anchors = (task == current_task) & contrastive
@@ -69,6 +73,7 @@ def contrastive_loss(
         distill_weight=distill_weight,
         anchor_mask=anchors,
         on_missing_positive="ignore",  # a batch of buffered images only has no anchor
+        group=world.group,
         **options,
     )
     terms = {}

@@ -6,7 +6,6 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from cila_bound import Geometry, Header, LossLog, LossLogWriter
+from cila_bound import Geometry, Header, LossLogWriter
 from cila_bound.files import remove_stale, write_atomic
 from cila_bound.records import Record
-from experiments import audit
 from experiments.augment import Augmentation
 from experiments.buffer import Buffer
 from experiments.config import RunConfig
-from experiments.datasets import load
-from experiments.directory import begin_or_resume, finished, log_names, task_checkpoint
+from experiments.directory import begin_or_resume, finished, log_names, put_on_file
 from experiments.evaluate import average_accuracy, backward_transfer, forgetting
-from experiments.gate import Decision, certificates, notice, weigh
+from experiments.gate import certificates, notice, weigh
 from experiments.methods import METHODS
 from experiments.models import Model, build_model, layout
+from experiments.pretraining import pretrain_images
 from experiments.record import Recorder, draw_fixed
 from experiments.scores import measure
 from experiments.seeds import derive, numpy_rng
@@ -38,41 +35,47 @@ from experiments.snapshot import Snapshot
 from experiments.streams import build_stream
 from experiments.trainer import Rows, TaskTrainer, epochs_of
 from experiments.versions import changes, made_with, versions
+from experiments.world import ALONE, World, joined
 
 
 def run(
     config: RunConfig, directory: Path, *, data_root: Path = Path("data"), show_progress: bool = True
 ) -> dict[str, Any]:
     """Trains, or resumes, or finds finished; returns what ``metrics.json`` holds. Datasets are looked for below
-    ``data_root``.
+    ``data_root``. Processes that torchrun started train it together; the first one writes.
 
     Raises ValueError for a configuration that cannot work, a directory with another run or a damaged file, or a run
     that diverges.
     """
-    result = finished(config, directory)
-    if result is None:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(directory / ".lock", timeout=0):
-                remove_stale(directory)
-                torch.set_num_threads(config.threads)
-                result = _Run(config, directory, data_root).train(show_progress)
+    with joined() as world, ExitStack() as stack:
+        result = world.said(lambda: finished(config, directory))
+        if result is None:
+            world.said(lambda: _lock(directory, stack))
+            torch.set_num_threads(config.threads)
+            result = _Run(config, directory, data_root, world).train(show_progress)
+            if world.first:
                 write_atomic(directory / "metrics.json", (json.dumps(result, indent=2) + "\n").encode())
                 (directory / "checkpoint.pt").unlink(missing_ok=True)
-        except Timeout:
-            raise ValueError(
-                f"{directory} is in use by another process: wait for it, or choose another --out"
-            ) from None
     return result
 
 
+def _lock(directory: Path, stack: ExitStack) -> None:
+    """Keeps other processes out until ``stack`` closes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        stack.enter_context(FileLock(directory / ".lock", timeout=0))
+    except Timeout:
+        raise ValueError(f"{directory} is in use by another process: wait for it, or choose another --out") from None
+    remove_stale(directory)
+
+
 class _Run:
-    def __init__(self, config: RunConfig, directory: Path, data_root: Path) -> None:
-        self.config, self.directory, self.method = config, directory, METHODS[config.method]
+    def __init__(self, config: RunConfig, directory: Path, data_root: Path, world: World = ALONE) -> None:
+        self.config, self.directory, self.method, self.world = config, directory, METHODS[config.method], world
         self.device, self.versions = _device(config.device), versions()
         self.stream = build_stream(config, data_root)
         self.n_tasks = len(self.stream.tasks)
-        self.pretrain_images = self._pretrain_images(data_root)
+        self.pretrain_images = pretrain_images(config, self.stream, data_root)
         fixed = {k: draw_fixed(config, self.stream, k) for k in config.n_negatives}
         self.recorders = [
             Recorder(
@@ -89,11 +92,13 @@ class _Run:
         torch.manual_seed(derive(config.seed, "weights"))
         n_classes = self.stream.n_classes if self.method.classifier else None
         self.model = build_model(config.model, self.stream.shape, width=config.width or None, n_classes=n_classes)
+        if config.sync_batchnorm:
+            self.model = world.synchronised(self.model, self.device)
         self.model.to(self.device).to(memory_format=layout(config.model, self.device)).eval()  # type: ignore[call-overload]
-        self.embed: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
+        self.embed: nn.Module = torch.compile(self.model) if config.compile else self.model
         self.buffer = Buffer(config.buffer_size, config.buffer)
         self.teacher: Snapshot | None = None
-        self.progress = begin_or_resume(config, directory)
+        self.progress = world.said(lambda: begin_or_resume(config, directory))
         self.buffer.load_state(self.progress.buffer)
         if self.progress.teacher:
             teacher = copy.deepcopy(self.model)
@@ -105,33 +110,39 @@ class _Run:
     def train(self, show_progress: bool) -> dict[str, Any]:
         config, progress = self.config, self.progress
         with ExitStack() as stack:
-            fingerprint, kept = self.stream.fingerprint(), progress.records or [0] * len(self.recorders)
-            writers = [
-                stack.enter_context(
-                    LossLogWriter(self.directory / name, self._header(geometry, fingerprint), resume=True, keep=keep)
-                )
-                for name, geometry, keep in zip(log_names(config), config.geometries, kept, strict=True)
-            ]
+            writers = self._writers(stack) if self.world.first else []
             total = sum(epochs_of(config, task) for task in range(self.n_tasks + 1))
-            bar = stack.enter_context(tqdm(total=total, desc=config.name, unit="epoch", disable=not show_progress))
-            self._warn(writers[0])
+            silent = not (show_progress and self.world.first)
+            bar = stack.enter_context(tqdm(total=total, desc=config.name, unit="epoch", disable=silent))
             bar.update(len(progress.objective))
             for task in range(progress.task, self.n_tasks + 1):
-                self._train_task(task, writers[0], bar)
+                self._train_task(task, writers, bar)
                 if task:
                     self._finish_task(task, writers)
                 else:
                     progress.task, progress.epoch, progress.trainer = 1, 0, {}
                     self._save()
-        return self._result()
+        return self.world.said(self._result)
 
-    def _train_task(self, task: int, writer: LossLogWriter, bar: tqdm) -> None:
-        config, progress = self.config, self.progress
-        if progress.epoch == 0 and task > 1 and self.method.weights:
-            progress.weights = list(self.method.weights(writer.log, task, config))
+    def _writers(self, stack: ExitStack) -> list[LossLogWriter]:
+        """Of all logs; they close with ``stack``."""
+        fingerprint, kept = self.stream.fingerprint(), self.progress.records or [0] * len(self.recorders)
+        writers = [
+            stack.enter_context(
+                LossLogWriter(self.directory / name, self._header(geometry, fingerprint), resume=True, keep=keep)
+            )
+            for name, geometry, keep in zip(log_names(self.config), self.config.geometries, kept, strict=True)
+        ]
+        self._warn(writers[0])
+        return writers
+
+    def _train_task(self, task: int, writers: list[LossLogWriter], bar: tqdm) -> None:
+        config, progress, rule = self.config, self.progress, self.method.weights
+        if progress.epoch == 0 and task > 1 and rule is not None:
+            progress.weights = self.world.said(lambda: list(rule(writers[0].log, task, config)))
         teacher = self.teacher.model if self.teacher else None
         trainer = TaskTrainer(
-            config, task, self.model, self.embed, self._rows(task), self.augment, teacher, progress.weights
+            config, task, self.model, self.embed, self._rows(task), self.augment, teacher, progress.weights, self.world
         )
         if progress.trainer:
             trainer.load_state(progress.trainer)
@@ -170,8 +181,17 @@ class _Run:
         )
 
     def _finish_task(self, task: int, writers: list[LossLogWriter]) -> None:
+        """The first rank closes the task; the others take over what they need for the next one."""
+        buffer, logits = self.world.said(lambda: self._close(task, writers))
+        self.world.adopt(self.model)
+        if not self.world.first:
+            self.buffer.load_state(buffer)
+            self.progress.logits, self.progress.epoch, self.progress.trainer = logits, 0, {}
+            self.teacher = self._snapshot(self.model)
+
+    def _close(self, task: int, writers: list[LossLogWriter]) -> tuple[list[list[int]], Tensor | None]:
         """Weighs the update, logs, measures accuracy, fills the buffer, makes the model the next task's teacher, and
-        puts all of it on file.
+        puts all of it on file; returns the state of the buffer and its logits.
         """
         progress, snapshot = self.progress, self._snapshot(self.model)
         decision = weigh(self.config, writers[0].log, self._records(self.recorders[0], task, snapshot), task)
@@ -201,56 +221,21 @@ class _Run:
         progress.teacher = progress.model = snapshot.model.state_dict()
         progress.task, progress.epoch, progress.trainer = task + 1, 0, {}
         progress.records = [len(writer.log.records) for writer in writers]
-        self._put_on_file(task, writers[0].log, decision)
+        accepted = decision is None or decision.accepted
+        facts = {
+            "name": self.stream.tasks[task - 1].name,
+            "certificates": certificates(self.config, writers[0].log, task),
+            "gate": None if decision is None else decision.as_json(),
+            "made_with": made_with(self.versions),
+        }
+        put_on_file(self.config, self.directory, progress, "task" if accepted else "refused", task, facts)
+        return progress.buffer, progress.logits
 
     def _records(self, recorder: Recorder, task: int, snapshot: Snapshot) -> list[Record]:
         progress = self.progress
         return recorder.records(
             task, snapshot, self.teacher, self.buffer, tuple(progress.weights), progress.objective[-1]
         )
-
-    def _put_on_file(self, task: int, log: LossLog, decision: Decision | None) -> None:
-        """The task's checkpoint, the audit entry that vouches for it and for the logs, then the running checkpoint: in
-        this order, so that whatever a crash leaves is made again as it was.
-        """
-        kept = None
-        if self.config.keep_checkpoints:
-            name = task_checkpoint(task)
-            self.progress.save(self.directory / name)
-            kept = {"file": name, "sha256": audit.file_sha256(self.directory / name)}
-        facts = {
-            "name": self.stream.tasks[task - 1].name,
-            "checkpoint": kept,
-            "logs": [
-                {"file": name, "lines": 1 + count, "sha256": audit.prefix_sha256(self.directory / name, 1 + count)}
-                for name, count in zip(log_names(self.config), self.progress.records, strict=True)
-            ],
-            "certificates": certificates(self.config, log, task),
-            "gate": None if decision is None else decision.as_json(),
-            "made_with": made_with(self.versions),
-        }
-        accepted = decision is None or decision.accepted
-        audit.append(self.directory, "task" if accepted else "refused", task, facts)
-        self.progress.save(self.directory / "checkpoint.pt")
-
-    def _pretrain_images(self, data_root: Path) -> np.ndarray:
-        """Set aside, or those of another dataset, resized; none without pre-training."""
-        config, (channels, height, width) = self.config, self.stream.shape
-        if not config.pretrain_epochs:
-            return np.empty((0, *self.stream.shape), np.uint8)
-        if self.stream.pretrain is not None:
-            return self.stream.pretrain.images
-        images = load(config.pretrain_dataset, data_root).train.images
-        if images.shape[1] != channels:
-            raise ValueError(
-                f"pretrain_dataset {config.pretrain_dataset} has {images.shape[1]} channels, but the stream's images "
-                f"have {channels}: choose a dataset with as many"
-            )
-        resized = [
-            functional.interpolate(batch.float(), (height, width), mode="bilinear", antialias=True).round().byte()
-            for batch in torch.from_numpy(images).split(1024)
-        ]
-        return torch.cat(resized).numpy()
 
     def _snapshot(self, model: Model) -> Snapshot:
         return Snapshot(model, self.stream, self.augment.plain, self.device)
@@ -278,6 +263,8 @@ class _Run:
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def _save(self) -> None:
+        if not self.world.first:
+            return
         config_path = self.directory / "config.json"
         if not config_path.exists():
             self.config.save(config_path)

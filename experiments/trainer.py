@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.augment import Augmentation
 from experiments.config import RunConfig
 from experiments.methods import METHODS
 from experiments.moco import KeyQueue
-from experiments.models import Model, layout
+from experiments.models import Logits, Model, layout
 from experiments.objective import Loss, contrastive_loss, replay_loss
 from experiments.seeds import derive, torch_generator
+from experiments.world import ALONE, World
 
 
 class Rows(NamedTuple):
@@ -46,28 +47,30 @@ class TaskTrainer:
         config: RunConfig,
         task: int,
         model: Model,
-        embed: Callable[[Tensor], Tensor],
+        embed: nn.Module,
         rows: Rows,
         augment: Augmentation,
         teacher: Model | None,
         weights: Sequence[float],
+        world: World = ALONE,
     ) -> None:
         self.config = config if task else dataclasses.replace(config, positives="view")
-        self.task, self.model, self.embed, self.rows, self.augment = task, model, embed, rows, augment
+        self.task, self.model, self.rows, self.augment, self.world = task, model, rows, augment, world
         self.method, self.weights = METHODS[config.method], weights
+        self.predict = world.shared(Logits(model) if self.method.classifier else embed)
         self.teacher = teacher if weights else None
         self.epochs = epochs_of(config, task)
         self.optimizer = torch.optim.SGD(
             model.parameters(), config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
         )
-        self.queue = KeyQueue(model, config.queue_size, config.queue_momentum) if config.queue_size else None
+        self.queue = KeyQueue(model, config.queue_size, config.queue_momentum, world) if config.queue_size else None
         self.device = rows.images.device
         self._layout = layout(config.model, self.device)
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
         self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     def state(self) -> dict[str, Any]:
-        """Of optimiser and queue, for a checkpoint between epochs."""
+        """Of optimiser and queue, for a checkpoint between epochs; all ranks call it together."""
         return {"optimizer": self.optimizer.state_dict(), "queue": self.queue.state() if self.queue else {}}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -85,24 +88,25 @@ class TaskTrainer:
             group["lr"] = learning_rate(config, number, self.epochs)
         n = self.rows.n_current if self.method.classifier else len(self.rows.labels)
         order = torch.randperm(n, generator=torch_generator(config.seed, "batches", self.task, number))
-        torch.manual_seed(derive(config.seed, "epoch", self.task, number))
+        torch.manual_seed(derive(config.seed, "epoch", self.task, number) + self.world.rank)
         step = self._replay_step if self.method.classifier else self._contrastive_step
         terms: dict[str, list[Tensor]] = {}
         self.model.train()
-        for batch in _batches(order.to(self.device), config.batch_size):
+        for batch in _batches(order.to(self.device), config.batch_size, max(2, self.world.size)):
             for name, values in step(batch, number).items():
                 terms.setdefault(name, []).append(values)
         self.model.eval()
         with torch.no_grad():
             embedding = self.model(self.augment.plain(self.rows.images[: config.batch_size]))
         self._check_finite(number, _log_norm(embedding), *self.model.state_dict().values())
-        return {name: torch.cat(values).mean().item() for name, values in terms.items()}
+        return {name: self.world.gathered(torch.cat(values)).mean().item() for name, values in terms.items()}
 
     def _contrastive_step(self, batch: Tensor, number: int) -> dict[str, Tensor]:
+        batch = self.world.share(batch)
         views, label = self._two_views(self.rows.images[batch]), self.rows.positives[batch].repeat(2)
         teacher = None
         with self._autocast:
-            embedding = self.embed(views)
+            embedding = self.predict(views)
             if self.teacher is not None:
                 with torch.no_grad():
                     teacher = self.teacher(views)
@@ -117,6 +121,7 @@ class TaskTrainer:
             current_task=self.task,
             weights=self.weights,
             queue=self.queue,
+            world=self.world,
         )
         self._step(result, number)
         if self.queue:
@@ -129,6 +134,7 @@ class TaskTrainer:
         replacement.
         """
         rows, buffered = self.rows, len(self.rows.labels) - self.rows.n_current
+        whole, batch = len(batch), self.world.share(batch)
         drawn = batch[:0]
         if buffered:
             count = len(batch) * (2 if self.method.logits else 1)
@@ -136,14 +142,14 @@ class TaskTrainer:
         index = torch.cat([batch, drawn + rows.n_current])
         views = self.augment(rows.images[index]).contiguous(memory_format=self._layout)
         with self._autocast:
-            logits = self.model.outputs(views).logits
-        assert logits is not None  # a classifier method has a classifier
+            logits = self.predict(views)
         replay: list[Tensor | None] = []
         if buffered:
             target = None if rows.logits is None else rows.logits[drawn]
             replay = [logits[len(batch) :].float(), rows.labels[index[len(batch) :]], target]
         result = replay_loss(self.config, self.method, logits[: len(batch)].float(), rows.labels[batch], *replay)
-        self._step(result, number)
+        weight = len(batch) * self.world.size / whole  # ranks are averaged, their shares may differ by an image
+        self._step(result._replace(loss=weight * result.loss), number)
         return result.terms
 
     def _two_views(self, images: Tensor) -> Tensor:
@@ -183,9 +189,11 @@ def _log_norm(embedding: Tensor) -> Tensor:
     return embedding.norm(dim=1).log()
 
 
-def _batches(order: Tensor, size: int) -> Iterator[Tensor]:
-    """Consecutive slices; a single image left over joins the last one, as SupCon needs company."""
-    end = len(order) - (len(order) % size == 1)
+def _batches(order: Tensor, size: int, least: int) -> Iterator[Tensor]:
+    """Consecutive slices; fewer than ``least`` images left over join the last one: SupCon needs company, and each rank
+    an image.
+    """
+    end = len(order) - (len(order) % size if len(order) % size < least else 0)
     for start in range(0, end, size):
         stop = min(start + size, end)
         yield order[start : len(order) if stop == end else stop]

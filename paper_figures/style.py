@@ -43,6 +43,7 @@ METHOD_STYLE = {
     "er": ("#666666", "<"),
     "der++": ("#222222", ">"),
 }
+_PLACES: Any = {place: f"outside right {place}" for place in ("center", "upper", "lower")}
 CUT = 100.0  # the highest bound on an axis, in ceilings
 MANY_TASKS = 9  # from here on, lines and numbers instead of markers and names
 
@@ -96,13 +97,18 @@ def heading(drawing: Figure, *lines: str) -> None:
     drawing.suptitle("\n".join(textwrap.fill(line, width) for line in lines), fontsize=10)
 
 
-def legend(drawing: Figure, axes: Sequence[Axes], title: str | None = None, place: str = "center") -> None:
+def legend(
+    drawing: Figure,
+    axes: Sequence[Axes],
+    title: str | None = None,
+    place: Literal["center", "upper", "lower"] = "center",
+) -> None:
     """One legend for all panels given, at the right: in the "center", or "upper" or "lower"."""
     entries = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
     drawing.legend(
         entries.values(),
         entries.keys(),
-        loc=f"outside right {place}",
+        loc=_PLACES[place],
         title=title,
         fontsize=8,
         title_fontsize=8,
