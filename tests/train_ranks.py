@@ -1,0 +1,18 @@
+"""Trains the runs of a JSON file, one after the other; torchrun starts it on every rank."""
+
+import json
+import sys
+from pathlib import Path
+
+from experiments.config import RunConfig
+from experiments.train import run
+
+
+def main(spec: Path) -> None:
+    for directory, options in json.loads(spec.read_text()):
+        config = RunConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
+        run(config, Path(directory), show_progress=False)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
