@@ -181,9 +181,9 @@ class Ranks:
         peers = sorted({peer for peer, _ in (*sends, *receives)})
         lost = f"no connection to rank {' or rank '.join(map(str, peers))}"
         works = self._start(partial(dist.batch_isend_irecv, operations), lost)
-        return lambda: self._wait(
-            works, reasons if len(works) == len(reasons) else [" or ".join(dict.fromkeys(reasons))]
-        )
+        if len(works) < len(reasons):  # NCCL's are one
+            reasons = [" or ".join(dict.fromkeys(reasons))]
+        return lambda: self._wait(works, reasons)
 
     def _gather(self, message: bytes) -> list[Any]:
         """The messages of all ranks."""
