@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor
 Addressed = Sequence[tuple[int, Tensor]]  # ranks and contiguous tensors
 
 _MESSAGE_BYTES = 4096
-_ERROR_CHARACTERS = 1500  # an error of this length, escaped, fits a message
 _ERRORS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}  # others are RuntimeError
 
 
@@ -154,7 +154,7 @@ class Ranks:
             padded = torch.cat([own, own.new_zeros(size - len(own), *own.shape[1:])])
         everyone = own.new_empty(self.size, *padded.shape)
         parts = list(everyone.unbind())
-        self._wait(self._start(lambda: dist.all_gather(parts, padded, group=self.group, async_op=True)), [_SILENT])
+        self._all_gather(parts, padded)
         if min(rows) == size:
             return everyone.flatten(0, 1)
         return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
@@ -178,24 +178,33 @@ class Ranks:
             return lambda: None
         reasons = [f"nothing was taken by rank {peer}" for peer, _ in sends]
         reasons += [f"nothing came from rank {peer}" for peer, _ in receives]
-        works = self._start(lambda: dist.batch_isend_irecv(operations))
-        return lambda: self._wait(works, reasons if len(works) == len(reasons) else [" or ".join(set(reasons))])
+        peers = sorted({peer for peer, _ in (*sends, *receives)})
+        lost = f"no connection to rank {' or rank '.join(map(str, peers))}"
+        works = self._start(partial(dist.batch_isend_irecv, operations), lost)
+        if len(works) < len(reasons):  # NCCL's are one
+            reasons = [" or ".join(dict.fromkeys(reasons))]
+        return lambda: self._wait(works, reasons)
 
     def _gather(self, message: bytes) -> list[Any]:
         """The messages of all ranks."""
         device = "cpu" if "cpu" in self._backends else next(iter(self._backends))
         own = torch.tensor(list(message.ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.uint8, device=device)
         received = [torch.empty_like(own) for _ in range(self.size)]
-        self._wait(self._start(lambda: dist.all_gather(received, own, group=self.group, async_op=True)), [_SILENT])
+        self._all_gather(received, own)
         lengths = torch.stack(received).count_nonzero(dim=1).tolist()
         return [json.loads(bytes(row[:length].tolist())) for row, length in zip(received, lengths, strict=True)]
 
-    def _start(self, call: Callable[[], Any]) -> list[Any]:
-        """The work that ``call`` starts."""
+    def _all_gather(self, everyone: list[Tensor], own: Tensor) -> None:
+        reason = "not every rank answered"
+        call = partial(dist.all_gather, everyone, own, group=self.group, async_op=True)
+        self._wait(self._start(call, reason), [reason])
+
+    def _start(self, call: Callable[[], Any], reason: str) -> list[Any]:
+        """The work that ``call`` starts, or UnreachableError with ``reason``."""
         try:
             started = call()
         except RuntimeError as error:
-            raise self._unreachable("a connection is lost", error) from error
+            raise self._unreachable(reason, error) from error
         return started if isinstance(started, list) else [started]
 
     def _wait(self, works: list[Any], reasons: list[str]) -> None:
@@ -218,17 +227,15 @@ class Ranks:
         )
 
 
-_SILENT = "not every rank answered"
-
-
 def _message(facts: Facts, failure: Exception | None) -> bytes:
     if failure is None:
         return json.dumps({"same": facts.same, "own": facts.own}).encode()
     kind, text = type(failure).__name__, str(failure)
     if kind not in (*_ERRORS, "RuntimeError"):
         text = f"{kind}: {text}"
-    text = text[:_ERROR_CHARACTERS].encode("ascii", "replace").decode()
-    return json.dumps({"kind": kind, "error": text}).encode()
+    while len(message := json.dumps({"kind": kind, "error": text}).encode()) > _MESSAGE_BYTES:
+        text = text[: len(text) // 2]
+    return message
 
 
 def _addressed(peer: int, tensor: Tensor | None) -> list[tuple[int, Tensor]]:
