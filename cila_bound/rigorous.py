@@ -15,10 +15,9 @@ the ends p_min and p_max, computed from the temperature (a float, taken as exact
     f = s (-log q + a log p) - b kl,    f_u = (1 - p) (s a - b p d),    f_v = (1 - q) (b p (1 - exp(-d)) - s)
 
 The maximum lies in a corner, inside an edge or inside the square, and there every derivative along a free coordinate
-vanishes. A box is dropped when one of them cannot; inside the square also when d (a - 1) differs in size from what
-both together demand, (a - 1) (1 - exp(-d)) = d - 1 + exp(-d): without it, a large b leaves a long ridge d ~ 1/(b p)
-undecided. It is dropped as well when its mean value form is below the best value found. What is left is halved, d in
-relative terms, until the form and that value are ``tolerance`` apart.
+vanishes. A box is dropped when one of them cannot, and inside the square also when d cannot satisfy both together, (a -
+1) (1 - exp(-d)) = d - 1 + exp(-d): without this a large b leaves a long ridge, d ~ 1/(b p), undecided. A box is done
+when its mean value form is at most ``tolerance`` above the best value found, and halved otherwise, d in relative terms.
 
 Source: derived in this project.
 """
@@ -83,14 +82,9 @@ def rigorous_moment_step(*, contrastive: float, drift: float, geometry: Geometry
     above = enclose_upper(upper.a, upper.b, geometry)
     below = enclose_lower(lower.a, lower.b, geometry)
     with flint.ctx.workprec(_bits(geometry, 1.0)):
-        u_min, u_max = _ends(geometry, flint.arb)
-        ceiling, floor = _float_above(_softplus(-u_min)), _float_below(_softplus(-u_max))
         l, k = flint.arb(contrastive), flint.arb(drift)  # noqa: E741
         highest = _float_above(upper.a * l + upper.b * k + above.high)
         lowest = _float_below(lower.a * l - lower.b * k + below.low)
-    lowest = max(lowest, floor)
-    if highest >= ceiling:
-        return MomentStep(upper=ceiling, lower=lowest, alpha=0.0, beta=0.0, eta=ceiling)
     return MomentStep(upper=highest, lower=lowest, alpha=upper.a, beta=upper.b, eta=above.high)
 
 
@@ -153,7 +147,7 @@ class _Problem:
     """f of the module docstring and its derivatives, on boxes of the square."""
 
     def __init__(self, sign: int, a: float, b: float, geometry: Geometry, ball: type[arb]) -> None:
-        self.sign, self.a, self.b = sign, ball(a), ball(b)
+        self.sign, self.a, self.b = sign, ball(float(a)), ball(float(b))
         self.low, self.high = _ends(geometry, ball)
 
     def faces(self) -> list[_Box]:
