@@ -8,7 +8,8 @@ side. With p and q the probabilities of the positive under the previous and the 
 Here both are enclosed by branch and bound over the square, from these definitions and their derivatives alone; nothing
 is shared with the closed forms of ``cila_bound/_moment.py``, which this checks. Every operation is done on balls
 (python-flint, ``pip install 'cila-bound[rigorous]'``), so an enclosure is a theorem whatever the rounding, and so are
-the ends p_min and p_max, computed from the temperature (a float, taken as exact) and K.
+the ends p_min and p_max, computed from the temperature (a float, taken as exact) and K. The working precision is global
+in python-flint: not for several threads at once.
 
 **Method.** Let u, v be the log-odds of p and q, d = u - v, and s = 1 for C, -1 for c. To be maximised is
 
