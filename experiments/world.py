@@ -91,9 +91,14 @@ def launched() -> bool:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """This process's place among those that torchrun started; alone without it. On GPUs each rank takes its own."""
+    """This process's place among those that torchrun started; alone without it. On GPUs each rank takes its own.
+    Within another ``joined`` the same again.
+    """
     if not launched():
-        yield World()
+        yield ALONE
+        return
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         return
     gpu = torch.cuda.is_available()
     if gpu:

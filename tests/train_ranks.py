@@ -6,12 +6,14 @@ from pathlib import Path
 
 from experiments.config import RunConfig
 from experiments.train import run
+from experiments.world import joined
 
 
 def main(spec: Path) -> None:
-    for directory, options in json.loads(spec.read_text()):
-        config = RunConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
-        run(config, Path(directory), show_progress=False)
+    with joined():
+        for directory, options in json.loads(spec.read_text()):
+            config = RunConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
+            run(config, Path(directory), show_progress=False)
 
 
 if __name__ == "__main__":
