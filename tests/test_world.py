@@ -25,14 +25,14 @@ RANKS = (1, 2, 3)
 VARIANTS: dict[str, dict[str, Any]] = {
     "cila-max": {"method": "cila-max"},
     "finetune-view": {"method": "finetune", "positives": "view"},
-    "co2l-queue": {"method": "co2l", "queue_size": 24},
+    "co2l-queue": {"method": "co2l", "queue_size": 1000},  # never full: which keys are oldest depends on the ranks
     "dual-price": {"method": "dual-price-per-task"},
-    "er": {"method": "er"},
+    "er": {"method": "er", "buffer_size": 0},  # replayed images are drawn by each rank for itself
 }
 
 
 def torchrun(ranks: int, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     return subprocess.Popen(
         [*command, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -52,18 +52,14 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, Path]
     np.savez(root / "data.npz", x=images.astype(np.uint8), y=labels)
     base = RunConfig(
         stream="custom", dataset=str(root / "data.npz"), n_tasks=2, model="mnist-cnn", width=16, augmentation="none",
-        epochs_first=3, epochs=3, batch_size=23, learning_rate=0.02, warmup_epochs=0, buffer_size=12, tuple_rounds=2,
+        epochs_first=3, epochs=3, batch_size=23, learning_rate=0.1, warmup_epochs=0, buffer_size=12, tuple_rounds=2,
         probe_epochs=2,
     )  # fmt: skip
     runs: dict[str, dict[int, Path]] = {name: {} for name in VARIANTS}
     for ranks in RANKS:
         spec = []
         for name, change in VARIANTS.items():
-            if name == "er" and ranks > 1:
-                change = change | {"buffer_size": 0}  # replayed images are drawn by each rank for itself
             config = dataclasses.replace(base, **change)
-            if name == "er":
-                config = dataclasses.replace(config, buffer_size=0)
             runs[name][ranks] = root / f"{name}-{ranks}"
             spec.append([str(runs[name][ranks]), config.as_json()])
         path = root / f"spec-{ranks}.json"
@@ -82,13 +78,11 @@ def test_ranks_train_what_one_process_trains(exact: dict[str, dict[int, Path]], 
     for a, b in zip(one["objective"], several["objective"], strict=True):
         assert a.keys() == b.keys()
         for term in a:
-            if name == "co2l-queue" and a["epoch"] > 0 and term not in ("task", "epoch"):
-                continue  # which keys are oldest depends on the ranks
             assert a[term] == pytest.approx(b[term], rel=2e-4), (term, a, b)
     logs = [read_log(exact[name][n] / "losses.jsonl") for n in (1, ranks)]
     assert [record.key for record in logs[0].records] == [record.key for record in logs[1].records]
     for a, b in zip(*(log.records for log in logs), strict=True):
-        if a.kind == "test" and name != "co2l-queue":
+        if a.kind == "test":
             assert a.contrastive.mean == pytest.approx(b.contrastive.mean, rel=5e-3)
     assert [entry.task for entry in audit.verify(exact[name][ranks])] == [1, 2]
 
@@ -105,7 +99,7 @@ def options(out: Path, **changes: Any) -> list[str]:
 
 
 def test_a_killed_rank_ends_the_run_which_goes_on_with_other_ranks(tmp_path: Path) -> None:
-    process = torchrun(2, *options(tmp_path, epochs=400), start_new_session=True)
+    process = torchrun(2, *options(tmp_path, epochs=25), start_new_session=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("task-1.pt")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -120,18 +114,13 @@ def test_a_killed_rank_ends_the_run_which_goes_on_with_other_ranks(tmp_path: Pat
     (directory,) = tmp_path.glob("digits/*")
     log = read_log(directory / "losses.jsonl")
     assert log.last_task == 1
-    config = RunConfig(epochs_first=3, epochs=400, buffer_size=40, probe_epochs=2, tuple_rounds=2)
     checkpoint = torch.load(directory / "checkpoint.pt", weights_only=True)
     assert checkpoint["task"] == 2 and checkpoint["epoch"] >= 1
-    short = dataclasses.replace(config, epochs=checkpoint["epoch"])
-    stored = json.loads((directory / "config.json").read_text()) | {"epochs": short.epochs}
-    (directory / "config.json").write_text(json.dumps(stored))  # the rest in little time, on one process
-    lines = (directory / "losses.jsonl").read_text().replace('"epochs": 400', f'"epochs": {short.epochs}')
-    (directory / "losses.jsonl").write_text(lines)
-    (directory / "audit.jsonl").unlink()  # which vouches for the header as it was
-    metrics = train.run(short, directory, show_progress=False)
+    config = RunConfig(epochs_first=3, epochs=25, buffer_size=40, probe_epochs=2, tuple_rounds=2)
+    metrics = train.run(config, directory, show_progress=False)
     assert [len(row) for row in metrics["accuracy"]["class_il"]["accuracy_matrix"]] == [1, 2, 3, 4, 5]
-    assert len(metrics["objective"]) == 3 + 4 * short.epochs
+    assert len(metrics["objective"]) == 3 + 4 * 25
+    assert [entry.task for entry in audit.verify(directory)] == [1, 2, 3, 4, 5]
 
 
 def children(pid: int) -> list[int]:
@@ -154,7 +143,7 @@ def environment_of(pid: int) -> dict[str, str]:
 
 def test_an_error_of_one_rank_is_said_once(tmp_path: Path) -> None:
     process = torchrun(2, *options(tmp_path, **{"epochs-first": 0}))
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert err.count("experiments: epochs_first must be at least 1, got 0") == 1
     assert not list(tmp_path.rglob("*.jsonl"))
