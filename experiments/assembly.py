@@ -49,8 +49,8 @@ def assemble(path: Path, source: Source, rule: TaskRule | None, threshold: float
     task_names: tuple[str, ...] = ()
     if rule is not None and rule.kind == "column":
         train, test, task_names = _of_tasks(path, train, test, rule, remarks)
-    train, test = _without_copies(train, test, remarks)
     train, test = _without_constants(path, train, test, source.features, remarks)
+    train, test = _without_copies(path, train, test, remarks)
     class_names = _names(train.label)
     if len(class_names) < 2:
         raise ValueError(
@@ -163,8 +163,11 @@ def _of_tasks(
     return parts[0], parts[1] if test else None, names
 
 
-def _without_copies(train: Table, test: Table | None, remarks: list[str]) -> tuple[Table, Table | None]:
-    """The first of equal samples, training samples first; none of equal ones with different labels."""
+def _without_copies(path: Path, train: Table, test: Table | None, remarks: list[str]) -> tuple[Table, Table | None]:
+    """The first of equal samples, training samples first; none of equal ones with different labels.
+
+    Raises ValueError if nothing is left.
+    """
     own = digests(train.values)
     everything = own + ([] if test is None else digests(test.values))
     labels = train.label.tolist() + ([] if test is None else test.label.tolist())
@@ -183,6 +186,8 @@ def _without_copies(train: Table, test: Table | None, remarks: list[str]) -> tup
     if not kept[clear].all():
         remarks.append(f"{np.sum(~kept & clear):,} exact copies are left out, the first of each is kept")
     index = kept & clear
+    if not index[: len(own)].any():
+        raise ValueError(f"{path}: {remarks[-1]}, so that none is left: correct the labels")
     return train.subset(index[: len(own)]), None if test is None else test.subset(index[len(own) :])
 
 
@@ -190,8 +195,6 @@ def _without_constants(
     path: Path, train: Table, test: Table | None, features: Sequence[str], remarks: list[str]
 ) -> tuple[Table, Table | None]:
     """Raises ValueError for images with a constant channel, and for features that are all constant."""
-    if not len(train.label):
-        return train, test
     if train.values.dtype == np.uint8:
         statistics(train.values, str(path))
         return train, test
