@@ -86,7 +86,7 @@ def _saved(folder: Path) -> list[Path]:
 def _plain(path: Path, names: object) -> list[str]:
     """Raises ValueError unless they are names of files or folders beside ``path``."""
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-        foreign = next((name for name in names if Path(name).name != name), None)
+        foreign = next((name for name in names if Path(name).name != name or name == ".."), None)
         if foreign is None:
             return names
         raise ValueError(f"{path} names {foreign!r}, which is outside its folder: save the dataset again")
@@ -121,6 +121,7 @@ def _read(pa: Any, files: list[Path]) -> Any:
                 part = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
             check_size("its content", part.nbytes)
             part.validate(full=True)
+            str(part.schema)  # raises for names that are no UTF-8
         except Exception as error:  # pyarrow has no common one for what hostile bytes do to it
             raise ValueError(f"{path} cannot be read ({error}): save the dataset again") from error
         parts.append(part)
