@@ -121,7 +121,7 @@ def _read(pa: Any, files: list[Path]) -> Any:
                 part = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
             check_size("its content", part.nbytes)
             part.validate(full=True)
-            str(part.schema)  # raises for names that are no UTF-8
+            part.schema.names  # noqa: B018  (raises for names that are no UTF-8)
         except Exception as error:  # pyarrow has no common one for what hostile bytes do to it
             raise ValueError(f"{path} cannot be read ({error}): save the dataset again") from error
         parts.append(part)
@@ -167,15 +167,15 @@ def _image_column(pa: Any, folder: Path, schema: Any, options: Options) -> str:
 
 
 def _encoded(folder: Path, column: Any, name: str) -> Iterator[Encoded]:
-    for row, scalar in enumerate((scalar for chunk in column.chunks for scalar in chunk), start=1):
-        value = scalar.as_py()
-        content = value.get("bytes") if isinstance(value, dict) else value
-        if content is None:
-            raise ValueError(
-                f"{folder}, row {row}: column {name!r} holds no image but {str(value)[:80]}: save the dataset with the "
-                "images in it"
-            )
-        yield Encoded(f"{folder}, row {row} of {name!r}", BytesIO(content))
+    row = 0
+    for chunk in column.chunks:
+        place = chunk.type.get_field_index("bytes") if chunk.type.num_fields else None
+        for scalar in chunk if place is None else chunk.flatten()[place]:
+            row += 1
+            where, content = f"{folder}, row {row}: column {name!r}", scalar.as_py()
+            if content is None:
+                raise ValueError(f"{where} holds no image, or only its path: save the dataset with the images in it")
+            yield Encoded(where, BytesIO(content))
 
 
 def _column(pa: Any, folder: Path, table: Any, name: str, names: dict[str, list[str]]) -> np.ndarray:

@@ -54,7 +54,7 @@ def build_model(
     - ``small``: three 3 x 3 convolutions and a layer of ``width`` (128), batch-normalised: it keeps supervised
       contrastive training from collapsing when a new task's images all fall on one point. Embedding: 64.
     - ``strided``: the same with convolutions of 16, 32 and 64 filters that all halve the image: for images of about
-      28 x 28 on a CPU, where it is nine times as fast. Embedding: 64.
+      28 x 28 on a CPU, where it is several times as fast. Embedding: 64.
     - ``mnist-cnn``: LeNet with 20 and 50 filters of 5 x 5 and a layer of ``width`` (500). Embedding: ``width``.
     - ``resnet18``: He et al. (2016) with the stem for small images, a 3 x 3 convolution without pooling; ``width`` (64)
       is that of the first of the four stages, the representation has 8 times as many. Embedding: 128.
