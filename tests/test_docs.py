@@ -40,7 +40,7 @@ def test_data_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     x, site = rng.integers(0, 256, (48, 8, 8), np.uint8), np.repeat(["Bonn", "Leeds"], 24)
-    np.savez("cells.npz", x=x, defects=np.arange(48) % 4 / 2, site=site)
+    np.savez("solar.npz", x=x, defects=np.arange(48) % 4 / 2, site=site)
     exec(compile(code("docs/experiments.md"), "docs/experiments.md", "exec"), {})
     assert "48 images of 8 x 8 pixels, grey" in capsys.readouterr().out
     config = dataclasses.replace(preset("custom"), dataset="cells.npz", scenario="task-column")
