@@ -16,12 +16,12 @@ from kornia import augmentation
 from torch import Tensor, nn
 from torch.nn import functional
 
-AugmentationName = Literal["none", "small-affine", "mnist", "cifar10", "tiny-imagenet", "generic"]
+AugmentationName = Literal["none", "small-affine", "mnist", "cifar10", "tiny-imagenet", "generic", "features"]
 
 
 class Augmentation(nn.Module):
     """Turns uint8 images (n, channels, side, side) into normalised float32 ones: ``(images / 255 - mean) / std``, with
-    one ``mean`` and ``std`` per channel.
+    one ``mean`` and ``std`` per channel. Those of a ``side`` of 1 are rows of features (n, 1, 1, d).
 
     - ``none``: nothing else.
     - ``small-affine``: rotated by up to 15 degrees, scaled by 0.85 to 1.15, shifted by up to 1/8 of the side.
@@ -30,8 +30,12 @@ class Augmentation(nn.Module):
       jittered, grey.
     - ``tiny-imagenet``: the same with a crop of 0.1 to 1, and blurred.
     - ``generic``: for any number of channels: a crop of 0.5 to 1, mirrored, brightness and contrast jittered.
+    - ``features``: two fifths of the values, drawn at random, replaced by those of other rows of the batch, each from a
+      row of its own (Bahri et al., 2022: three fifths in one of the two views; here 0.36 of the values are left alone
+      in both).
 
-    Raises ValueError for a ``mean`` and ``std`` of different lengths, and for colours of images that have none.
+    Raises ValueError for a ``mean`` and ``std`` of different lengths, for colours of images that have none, and for
+    rows of features that are to be seen as images.
     """
 
     mean: Tensor
@@ -41,11 +45,14 @@ class Augmentation(nn.Module):
         super().__init__()
         if len(mean) != len(std):
             raise ValueError(f"mean has {len(mean)} channels, std {len(std)}: give one value of each per channel")
+        if side == 1 and name not in ("none", "features"):
+            raise ValueError(f"the augmentation {name} is for images, not for rows of features: use features")
         if name in ("cifar10", "tiny-imagenet") and len(mean) != 3:
             raise ValueError(
                 f"the augmentation {name} jitters colours and needs 3 channels, not {len(mean)}: use generic"
             )
         self._side, self._window = side, _WINDOWS.get(name)
+        self._corrupted = 0.4 if name == "features" else 0.0
         self._colour = _colour(name, side)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
@@ -53,6 +60,8 @@ class Augmentation(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """One random view of each image; raises ValueError as ``plain``."""
         view = self._unit(images)
+        if self._corrupted:
+            view = _corrupted(view, self._corrupted)
         if self._window is not None:
             view = self._window.resample(view)
         for change in self._colour:
@@ -67,13 +76,22 @@ class Augmentation(nn.Module):
         return (self._unit(images) - self.mean) / self.std
 
     def _unit(self, images: Tensor) -> Tensor:
-        declared = (len(self.mean), self._side, self._side)
+        declared = (len(self.mean), self._side, images.shape[-1] if self._side == 1 else self._side)
         if images.dtype != torch.uint8 or images.shape[1:] != declared:
             raise ValueError(
                 f"images are {images.dtype} of shape {tuple(images.shape)}: give uint8 ones of shape (n, "
                 f"{declared[0]}, {declared[1]}, {declared[2]}), or build the augmentation for theirs"
             )
         return images.float() / 255
+
+
+def _corrupted(values: Tensor, share: float) -> Tensor:
+    """With round(share x d) of the d values of each row from rows of the batch drawn with replacement, one by one."""
+    flat = values.flatten(1)
+    n, d = flat.shape
+    replaced = torch.rand(n, d).argsort(1) < round(share * d)
+    donor = torch.randint(n, (n, d)).to(values.device, non_blocking=True)
+    return torch.where(replaced.to(values.device, non_blocking=True), flat.gather(0, donor), flat).view_as(values)
 
 
 @dataclass(frozen=True)
@@ -122,7 +140,7 @@ def _colour(name: AugmentationName, side: int) -> tuple[nn.Module, ...]:
     what they drew.
     """
     match name:
-        case "none" | "small-affine" | "mnist":
+        case "none" | "small-affine" | "mnist" | "features":
             return ()
         case "generic":
             return (augmentation.ColorJitter(0.4, 0.4, p=0.8),)

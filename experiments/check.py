@@ -77,6 +77,7 @@ def check(request: Request, folder: Path) -> int:
             images=request.images or None,
         )
         _check_defect(request, prepared)
+        folder.mkdir(parents=True, exist_ok=True)
         prepared.save(folder / "data.npz")
         decided = _decide(request, prepared, folder)
         write_atomic(planned, (json.dumps(decided, indent=2) + "\n").encode())
@@ -112,8 +113,8 @@ def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any
         "name": folder.name,
         "source": request.data,
         "remarks": list(prepared.remarks),
-        "classes": [str(name) for name in prepared.class_names],
-        "counts": prepared.counts,
+        "classes": list(prepared.class_names),
+        "counts": _counts(prepared),
         "stages": [{"variant": method, "adds": adds} for method, adds in STAGES.items()],
         "confidence": request.confidence,
         "selections": len(runs),
@@ -155,7 +156,8 @@ def _plan(base: RunConfig, request: Request, prepared: Prepared) -> dict[str, An
         pilot = dataclasses.replace(base, method="cila-max", log_tuples="none", keep_checkpoints=False)
         training = train(pilot, Path(scratch) / "pilot", show_progress=False)["training_seconds"]
     overhead = time.perf_counter() - start - training
-    per_epoch = training * (2 * prepared.first_share + 1 - prepared.first_share)  # twice as many on the first task
+    of_tasks = prepared.counts.sum(axis=1)
+    per_epoch = training * (1 + of_tasks[0] / of_tasks.sum())  # twice as many epochs on the first task
     left = max(60.0 * request.minutes - (time.perf_counter() - start), 0.0) * 0.9 * request.jobs / len(STAGES)
 
     def affordable(seeds: int) -> int:
@@ -182,6 +184,16 @@ def _plan(base: RunConfig, request: Request, prepared: Prepared) -> dict[str, An
     }
 
 
+def _counts(prepared: Prepared) -> dict[str, dict[str, int]]:
+    """Of each task and class; those of an official test split are taken together with the others."""
+    counts = prepared.counts + (0 if prepared.test_counts is None else prepared.test_counts)
+    tasks = prepared.task_names or ["every rotation"] * min(len(counts), 1)
+    return {
+        task: dict(zip(prepared.class_names, row.tolist(), strict=True))
+        for task, row in zip(tasks, counts, strict=False)
+    }
+
+
 def _in_words(plan: dict[str, Any]) -> str:
     seeds = f"{plan['seeds']} seed{'s' if plan['seeds'] > 1 else ''}"
     epochs = f"{plan['epochs_first']} epochs on the first task and {plan['epochs']} on later ones"
@@ -204,9 +216,9 @@ def _check_request(request: Request) -> None:
 
 
 def _check_defect(request: Request, prepared: Prepared) -> None:
-    names = [str(name) for name in prepared.class_names]
-    if request.defect and request.defect not in names:
-        raise ValueError(f"defect must be one of the classes {', '.join(names)}, got {request.defect!r}")
+    if request.defect and request.defect not in prepared.class_names:
+        names = ", ".join(prepared.class_names)
+        raise ValueError(f"defect must be one of the classes {names}, got {request.defect!r}")
 
 
 def _check_same(asked: dict[str, Any], request: Request, folder: Path) -> None:

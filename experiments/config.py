@@ -20,7 +20,9 @@ from experiments.augment import AugmentationName
 from experiments.methods import METHODS, MethodName
 from experiments.models import ModelName
 
-StreamName = Literal["digits", "rotated-digits", "rotated-mnist", "seq-cifar10", "seq-tiny-imagenet", "custom"]
+StreamName = Literal[
+    "digits", "rotated-digits", "split-mnist", "rotated-mnist", "seq-cifar10", "seq-tiny-imagenet", "custom"
+]
 Schedule = Literal["full", "short"]
 Scenario = Literal["class-incremental", "rotations", "task-column"]
 LogTuples = Literal["none", "last", "all"]
@@ -84,6 +86,11 @@ class RunConfig:
     are left alone, and that split is divided in the proportion of the two fractions."""
     test_fraction: float = 0.3
     """Share of each class kept for the truth; neither trained on nor seen by the bounds."""
+
+    label_noise: float = 0.0
+    """Share of each task's training labels replaced by another class of the task; held-out and test labels stay."""
+    imbalance: float = 1.0
+    """In each task and split, class sizes fall geometrically in class order: the first is this many times the last."""
 
     model: ModelName = "small"
     width: int = 0
@@ -208,6 +215,10 @@ class RunConfig:
         heldout, test = self.heldout_fraction, self.test_fraction
         if not (heldout > 0 and test > 0 and heldout + test < 1):
             raise ValueError(f"heldout_fraction and test_fraction must be > 0 with a sum < 1, got {heldout} and {test}")
+        if not 0.0 <= self.label_noise <= 0.5:
+            raise ValueError(f"label_noise must be in [0, 0.5], got {self.label_noise}")
+        if not 1.0 <= self.imbalance < math.inf:
+            raise ValueError(f"imbalance must be finite and at least 1, got {self.imbalance}")
         self._check_combinations()
 
     def _check_combinations(self) -> None:

@@ -12,14 +12,17 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from experiments.image_files import LAYOUTS, Labelled, read_folder, read_npz
+from experiments.image_files import LAYOUTS, Own, read_folder
+from experiments.npz_files import read_npz
 from experiments.published_files import Parts, read_cifar10, read_mnist, read_tiny_imagenet
 
 PublishedName = Literal["mnist", "cifar10", "tiny-imagenet"]
 
 
 class Dataset(NamedTuple):
-    """images (n, channels, height, width) uint8; labels (n,) int64 in 0..n_classes-1."""
+    """images (n, channels, height, width) uint8 (or, until a stream has quantised them, rows of features (n, 1, 1, d)
+    float64); labels (n,) int64 in 0..n_classes-1.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -30,17 +33,17 @@ class ImageData:
     """A dataset as its source delivers it.
 
     ``test`` is the official test split, None if the source has none. Label k stands for ``class_names[k]``. ``mean``
-    and ``std`` are per channel, of pixels / 255: published ones, or those of the training images. ``train_task`` and
-    ``test_task``, (n,) int64, say which task an image belongs to, k standing for ``task_names[k]``; None if the source
-    does not say.
+    and ``std`` are the published ones per channel, of pixels / 255; None: those of the training split are to be used.
+    ``train_task`` and ``test_task``, (n,) int64, say which task an image belongs to, k standing for ``task_names[k]``;
+    None if the source does not say.
     """
 
     name: str
     train: Dataset
     test: Dataset | None
     class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     train_task: np.ndarray | None = None
     test_task: np.ndarray | None = None
     task_names: tuple[str, ...] = ()
@@ -85,7 +88,7 @@ PUBLISHED: dict[PublishedName, Published] = {
 
 def load(dataset: str, data_root: Path) -> ImageData:
     """The dataset "digits"; "mnist", "cifar10" or "tiny-imagenet", from ``data_root``; or the ``.npz`` file or image
-    folder at the path ``dataset``, in the layout of ``image_files.read_npz`` or ``image_files.read_folder``.
+    folder at the path ``dataset``, in the layout of ``npz_files.read_npz`` or ``image_files.read_folder``.
 
     Raises ValueError, with the remedy, if the dataset is unknown, missing, damaged or inconsistent.
     """
@@ -95,9 +98,9 @@ def load(dataset: str, data_root: Path) -> ImageData:
         return _published(dataset, data_root)
     path = Path(dataset).expanduser()
     if path.is_dir():
-        return _own(path, *read_folder(path))
+        return _own(path, read_folder(path))
     if path.is_file():
-        return _own(path, *read_npz(path))
+        return _own(path, read_npz(path))
     if path.suffix or len(path.parts) > 1:
         raise ValueError(f"no such file or folder: {dataset}; give the path of {LAYOUTS}")
     known = ", ".join(("digits", *PUBLISHED))
@@ -120,7 +123,7 @@ def _digits() -> ImageData:
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)[:, None]
     train = Dataset(images, data.target.astype(np.int64))
-    return ImageData("digits", train, None, tuple("0123456789"), *_statistics(images, "digits"))
+    return ImageData("digits", train, None, tuple("0123456789"), *statistics(images, "digits"))
 
 
 def _published(dataset: PublishedName, data_root: Path) -> ImageData:
@@ -143,42 +146,47 @@ def _published(dataset: PublishedName, data_root: Path) -> ImageData:
     )
 
 
-def _own(path: Path, train: Labelled, test: Labelled | None) -> ImageData:
-    class_names, labels, test_labels = _numbered(path, "class", train.labels, test and test.labels)
+def _own(path: Path, own: Own) -> ImageData:
+    train, test = own.train, own.test
+    class_names, labels, test_labels = _numbered(path, "class", train.labels, test and test.labels, own.names)
     task_names: tuple[str, ...] = ()
     train_task = test_task = None
     if train.tasks is not None:
-        task_names, train_task, test_task = _numbered(path, "task", train.tasks, test and test.tasks)
+        task_names, train_task, test_task = _numbered(path, "task", train.tasks, test and test.tasks, own.names)
     return ImageData(
         path.resolve().name.removesuffix(".npz"),
         Dataset(train.images, labels),
         None if test is None or test_labels is None else Dataset(test.images, test_labels),
         class_names,
-        *_statistics(train.images, str(path)),
-        train_task,
-        test_task,
-        task_names,
+        train_task=train_task,
+        test_task=test_task,
+        task_names=task_names,
     )
 
 
 def _numbered(
-    path: Path, what: str, train: np.ndarray, test: np.ndarray | None
+    path: Path, what: str, train: np.ndarray, test: np.ndarray | None, known: dict[str, tuple[str, ...]]
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
-    """The names, sorted, and both columns as positions in them, int64."""
+    """The names, those ``known`` or else sorted, and both columns as positions in them, int64."""
     values, numbers = np.unique(train, return_inverse=True)
     names = tuple(map(str, values.tolist()))
-    if test is None:
-        return names, numbers, None
-    unknown = np.setdiff1d(test, values).tolist()
+    unknown = [] if test is None else np.setdiff1d(test, values).tolist()
     if unknown:
         raise ValueError(
             f"{path}: {what} {unknown[0]!r} of the test images is no {what} of the training images, which are "
             f"{', '.join(names)}: add training images of it, or remove the test images"
         )
-    return names, numbers, np.searchsorted(values, test)
+    if known.get(what):
+        if values.tolist() != list(range(len(known[what]))):
+            raise ValueError(
+                f"{path}: {what}_names holds {len(known[what])} names, but the training images have the {what} numbers "
+                f"{', '.join(names)}: number them from 0, one for each name"
+            )
+        return known[what], train, test
+    return names, numbers, None if test is None else np.searchsorted(values, test)
 
 
-def _statistics(images: np.ndarray, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics(images: np.ndarray, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of pixels / 255, channel by channel.
 
     Raises ValueError if a channel is constant.
@@ -197,3 +205,15 @@ def _statistics(images: np.ndarray, where: str) -> tuple[tuple[float, ...], tupl
         means.append(float(np.average(levels, weights=counts)))
         deviations.append(float(np.average((levels - means[-1]) ** 2, weights=counts) ** 0.5))
     return tuple(means), tuple(deviations)
+
+
+def quantised(train: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Rows of features (n, 1, 1, d) as uint8: each feature's level is its quantile in the rows of ``train``, in 256ths;
+    that of a value which many of them share is the middle of its quantiles.
+    """
+    edges = np.quantile(train, np.arange(1, 256) / 256, axis=0, method="inverted_cdf")
+    levels = np.empty(features.shape, np.uint8)
+    for column in range(features.shape[3]):
+        own, values = edges[:, 0, 0, column], features[:, 0, 0, column]
+        levels[:, 0, 0, column] = (np.searchsorted(own, values) + np.searchsorted(own, values, side="right")) // 2
+    return levels

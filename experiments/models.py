@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-ModelName = Literal["small", "mnist-cnn", "resnet18"]
+ModelName = Literal["small", "strided", "mnist-cnn", "resnet18", "mlp"]
 
 
 class Outputs(NamedTuple):
@@ -65,28 +66,40 @@ def build_model(
 
     - ``small``: three 3 x 3 convolutions and a layer of ``width`` (128), batch-normalised: it keeps supervised
       contrastive training from collapsing when a new task's images all fall on one point. Embedding: 64.
+    - ``strided``: the same with convolutions of 16, 32 and 64 filters that all halve the image: for images of about
+      28 x 28 on a CPU, where it is several times as fast. Embedding: 64.
     - ``mnist-cnn``: LeNet with 20 and 50 filters of 5 x 5 and a layer of ``width`` (500). Embedding: ``width``.
     - ``resnet18``: He et al. (2016) with the stem for small images, a 3 x 3 convolution without pooling; ``width`` (64)
       is that of the first of the four stages, the representation has 8 times as many. Embedding: 128.
+    - ``mlp``: two layers of ``width`` (256), batch-normalised, for rows of features (1, 1, d). Embedding: 64.
 
-    Raises ValueError for a ``width`` or ``n_classes`` below 1, and for images too small for ``mnist-cnn``.
+    Raises ValueError for a ``width`` or ``n_classes`` below 1, for images too small for ``mnist-cnn``, and for rows of
+    features to a network that convolves.
     """
     for option, value in {"width": width, "n_classes": n_classes}.items():
         if value is not None and value < 1:
             raise ValueError(f"{option} is {value}: give at least 1, or None for the default")
+    if shape[1] == 1 and name != "mlp":
+        raise ValueError(f"{name} convolves images, but features have no neighbours: use the model mlp")
     match name:
         case "small":
             size, embedding = width or 128, 64
             encoder = _small(shape, size)
+        case "strided":
+            size, embedding = width or 128, 64
+            encoder = _small(shape, size, filters=(16, 32, 64), strides=(2, 2, 2))
         case "mnist-cnn":
             size = embedding = width or 500
             encoder = _mnist_cnn(shape, size)
         case "resnet18":
             size, embedding = 8 * (width or 64), 128
             encoder = _resnet18(shape[0], size // 8)
+        case "mlp":
+            size, embedding = width or 256, 64
+            encoder = _mlp(math.prod(shape), size)
     if n_classes is not None:
         return Model(encoder, None, nn.Linear(size, n_classes))
-    normalisation = [nn.BatchNorm1d(size)] if name == "small" else []
+    normalisation = [nn.BatchNorm1d(size)] if name in ("small", "strided", "mlp") else []
     head = nn.Sequential(nn.Linear(size, size), *normalisation, nn.ReLU(), nn.Linear(size, embedding))
     return Model(encoder, head, None)
 
@@ -98,20 +111,26 @@ def layout(name: ModelName, device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if name == "resnet18" and device.type == "cpu" else torch.channels_last
 
 
-def _small(shape: tuple[int, int, int], width: int) -> nn.Sequential:
+def _small(
+    shape: tuple[int, int, int],
+    width: int,
+    filters: tuple[int, ...] = (32, 64, 64),
+    strides: tuple[int, ...] = (1, 2, 2),
+) -> nn.Sequential:
     channels, height, breadth = shape
-    return nn.Sequential(
-        *_convolution(channels, 32, stride=1, bias=True),
-        nn.ReLU(),
-        *_convolution(32, 64, stride=2, bias=True),
-        nn.ReLU(),
-        *_convolution(64, 64, stride=2, bias=True),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(64 * ((height + 3) // 4) * ((breadth + 3) // 4), width),
-        nn.BatchNorm1d(width),
-        nn.ReLU(),
-    )
+    layers: list[nn.Module] = []
+    for out, stride in zip(filters, strides, strict=True):
+        layers += [*_convolution(channels, out, stride=stride, bias=True), nn.ReLU()]
+        channels, height, breadth = out, math.ceil(height / stride), math.ceil(breadth / stride)
+    return nn.Sequential(*layers, nn.Flatten(), *_dense(channels * height * breadth, width))
+
+
+def _mlp(features: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), *_dense(features, width), *_dense(width, width))
+
+
+def _dense(features: int, width: int) -> list[nn.Module]:
+    return [nn.Linear(features, width), nn.BatchNorm1d(width), nn.ReLU()]
 
 
 def _mnist_cnn(shape: tuple[int, int, int], width: int) -> nn.Sequential:

@@ -12,6 +12,17 @@ from experiments.config import RunConfig, Schedule, StreamName
 
 _DIGITS = RunConfig()
 _ROTATED_DIGITS = replace(_DIGITS, stream="rotated-digits", scenario="rotations")
+_SPLIT_MNIST = replace(
+    _DIGITS,
+    stream="split-mnist",
+    dataset="mnist",
+    model="strided",
+    augmentation="mnist",
+    epochs_first=20,
+    epochs=10,
+    batch_size=256,
+    learning_rate=0.05,
+)
 _ROTATED_MNIST = RunConfig(
     stream="rotated-mnist",
     dataset="mnist",
@@ -76,6 +87,8 @@ PRESETS: dict[tuple[StreamName, Schedule], RunConfig] = {
         replace(_DIGITS, schedule="short", epochs_first=20, epochs=10),
         _ROTATED_DIGITS,
         replace(_ROTATED_DIGITS, schedule="short", epochs_first=20, epochs=10),
+        _SPLIT_MNIST,
+        replace(_SPLIT_MNIST, schedule="short", train_per_class=1000, epochs_first=10, epochs=5, batch_size=128),
         _ROTATED_MNIST,
         replace(
             _ROTATED_MNIST,

@@ -10,14 +10,14 @@ import contextlib
 import gzip
 import hashlib
 import math
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from experiments.image_files import Labelled, decode, image_files, read_arrays
+from experiments.image_files import Labelled, decode, image_files
+from experiments.npz_files import read_arrays, write_arrays
 
 Parts = tuple[Labelled, Labelled, tuple[str, ...]]
 
@@ -129,17 +129,11 @@ def _stamp(folder: Path, files: Sequence[Path], test_labels: np.ndarray) -> str:
 def _cached(folder: Path, stamp: str, files: Sequence[Path]) -> np.ndarray:
     """The decoded files: from the ``.npz`` file beside the folder if it bears this stamp, which is otherwise made."""
     cache = folder.with_name(f"{folder.name}.npz")
-    with contextlib.suppress(ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         arrays = read_arrays(cache, ("stamp", "images"))
         if arrays["stamp"].tolist() == stamp:
             return arrays["images"]
     images = decode(files, keep_grey=False)
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, stamp=np.array(stamp), images=images)
-            temporary.replace(cache)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_arrays(cache, stamp=np.array(stamp), images=images)
     return images

@@ -7,8 +7,20 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+# the position of each is part of its seeds: new ones go to the end
 Purpose = Literal[
-    "split", "classes", "pretraining", "weights", "batches", "epoch", "buffer", "tuples", "probe", "angles"
+    "split",
+    "classes",
+    "pretraining",
+    "weights",
+    "batches",
+    "epoch",
+    "buffer",
+    "tuples",
+    "probe",
+    "angles",
+    "imbalance",
+    "label-noise",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +12,10 @@ import numpy as np
 from scipy.ndimage import rotate
 
 from experiments.config import RunConfig
-from experiments.datasets import Dataset, ImageData, load
+from experiments.datasets import Dataset, ImageData, load, quantised, statistics
+from experiments.leaks import seen_before
 from experiments.seeds import numpy_rng
+from experiments.stress import imbalanced, noisy_labels
 
 SplitName = Literal["train", "heldout", "test"]
 Splits = dict[SplitName, np.ndarray]
@@ -39,7 +41,8 @@ class Task:
 @dataclass(frozen=True)
 class TaskStream:
     """Tasks in the order they arrive. ``kind`` says how accuracy is to be read; ``mean`` and ``std`` are those of the
-    channels of pixels / 255; ``pretrain`` are images set aside for pre-training.
+    channels of pixels / 255; ``pretrain`` are images set aside for pre-training. ``leaked`` images were taken out of
+    held-out or test split because they are training images too, or out of the test split because they are held out.
     """
 
     kind: Literal["class-incremental", "domain-incremental"]
@@ -48,6 +51,7 @@ class TaskStream:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     pretrain: Dataset | None = None
+    leaked: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -159,9 +163,16 @@ def build_stream(config: RunConfig, data_root: Path) -> TaskStream:
     """
     data = load(config.dataset, data_root)
     height, width = data.train.images.shape[2:]
-    if height != width:
+    if height not in (1, width):
         raise ValueError(f"the images of {data.name} are {height} x {width}: cut or pad them to a square")
     splits, columns = _split(config, data, numpy_rng(config.seed, "split"))
+    splits, columns, leaked = _without_leaks(splits, columns)
+    if splits["train"].images.dtype != np.uint8:
+        train = splits["train"].images
+        splits = {name: part._replace(images=quantised(train, part.images)) for name, part in splits.items()}
+    mean, std = data.mean, data.std
+    if mean is None or std is None:
+        mean, std = statistics(splits["train"].images, data.name)
     splits, columns, aside = _set_aside(config, splits, columns, numpy_rng(config.seed, "pretraining"))
     kind: Literal["class-incremental", "domain-incremental"] = "class-incremental"
     if config.scenario == "class-incremental":
@@ -170,6 +181,8 @@ def build_stream(config: RunConfig, data_root: Path) -> TaskStream:
             order = numpy_rng(config.seed, "classes").permutation(order).tolist()
         tasks = class_incremental(splits, order, config.n_tasks, data.class_names)
     elif config.scenario == "rotations":
+        if height == 1:
+            raise ValueError(f"{data.name} has rows of features, which cannot be rotated: choose another scenario")
         kind = "domain-incremental"
         angles = numpy_rng(config.seed, "angles").uniform(0.0, 180.0, config.n_tasks)
         tasks = domain_incremental(splits, angles.tolist())
@@ -177,7 +190,8 @@ def build_stream(config: RunConfig, data_root: Path) -> TaskStream:
         tasks = by_task_column(splits, columns, data.task_names)
         if len({task.classes for task in tasks}) == 1:
             kind = "domain-incremental"
-    return TaskStream(kind, tasks, len(data.class_names), data.mean, data.std, aside)
+    tasks = tuple(_stressed(config, task, number) for number, task in enumerate(tasks, start=1))
+    return TaskStream(kind, tasks, len(data.class_names), mean, std, aside, leaked)
 
 
 def _split(
@@ -222,6 +236,22 @@ def _split(
     return splits, columns
 
 
+def _without_leaks(
+    splits: dict[SplitName, Dataset], columns: dict[SplitName, np.ndarray]
+) -> tuple[dict[SplitName, Dataset], dict[SplitName, np.ndarray], int]:
+    """Every image in the first only of train, held-out and test split that has it; and how many that removes.
+
+    A copy within one split stays.
+    """
+    order: tuple[SplitName, ...] = ("train", "heldout", "test")
+    masks = dict(zip(order, seen_before([splits[name].images for name in order]), strict=True))
+    leaked = sum(int(mask.sum()) for mask in masks.values())
+    if leaked:
+        splits = {name: _subset(split, ~masks[name]) for name, split in splits.items()}
+        columns = {name: column[~masks[name]] for name, column in columns.items()}
+    return splits, columns, leaked
+
+
 def _set_aside(
     config: RunConfig,
     splits: dict[SplitName, Dataset],
@@ -245,6 +275,24 @@ def _set_aside(
         aside[members[:count]] = True
     rest: dict[SplitName, Dataset] = {**splits, "train": _subset(train, ~aside)}
     return rest, {**columns, "train": columns["train"][~aside]}, _subset(train, aside)
+
+
+def _stressed(config: RunConfig, task: Task, number: int) -> Task:
+    """With classes of unequal size in every split, and wrong training labels, as configured."""
+    if config.imbalance > 1:
+        rng = numpy_rng(config.seed, "imbalance", number)
+        splits: dict[SplitName, Dataset] = {}
+        for name, split in task.splits.items():
+            try:
+                splits[name] = _subset(split, imbalanced(split.labels, task.classes, config.imbalance, rng))
+            except ValueError as error:
+                raise ValueError(f"the {name} data of task {number} ({task.name}): {error}") from None
+        task = replace(task, splits=splits)
+    if config.label_noise:
+        rng = numpy_rng(config.seed, "label-noise", number)
+        labels = noisy_labels(task.train.labels, task.classes, config.label_noise, rng)
+        task = replace(task, splits={**task.splits, "train": task.train._replace(labels=labels)})
+    return task
 
 
 def _at_most(groups: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -306,6 +306,7 @@ class _Run:
             },
             "confusion": {"own": progress.confusion_own, "last": progress.confusion},
             "refused": progress.refused,
+            "leaked": self.stream.leaked,
             "objective": progress.objective,
             "training_seconds": progress.seconds,
             "versions": self.versions,

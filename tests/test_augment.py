@@ -44,7 +44,7 @@ def test_views_are_seeded_and_per_sample(name: AugmentationName) -> None:
     first, again, other = views
     assert first.shape == images.shape and first.dtype == torch.float32
     assert torch.equal(first, again)
-    if name == "none":
+    if name in ("none", "features"):  # features take values of other rows, which are the same here
         assert torch.equal(first, augmentation.plain(images)) and torch.equal(first, other)
     else:
         assert not torch.isclose(first, other).all(dim=(1, 2, 3)).any()
@@ -175,6 +175,42 @@ def test_half_of_the_tiny_imagenet_images_are_blurred(side: int, radius: int) ->
     assert spread[:, centre + radius].any()
     assert not spread[:, centre + radius + 1 :].any() and not spread[:, : centre - radius].any()
     assert not _view("cifar10", images)[:, 0, centre].diff(dim=1)[:, centre + 1 :].abs().max() > 1e-2
+
+
+def test_two_fifths_of_the_features_are_those_of_other_rows() -> None:
+    """Value r of feature j in row r: what a view shows says from which row it is."""
+    rows = torch.arange(250, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 1, 30)
+    torch.manual_seed(0)
+    augmentation = Augmentation("features", 1, [0.0], [1 / 255])
+    views = [augmentation(rows).round().long().view(250, 30) for _ in range(2)]
+    own = torch.arange(250)[:, None]
+    foreign = [view != own for view in views]
+    assert not torch.equal(*views)
+    for view, other in zip(views, foreign, strict=True):
+        counts = other.sum(1)
+        assert counts.max() == 12 and counts.float().mean().item() == pytest.approx(
+            12, abs=0.2
+        )  # a row may draw itself
+        assert other.float().mean(0).std() < 0.05  # every feature as often
+        assert all(len(row[mask].unique()) > 8 for row, mask in zip(view, other, strict=True))  # each from its own row
+        drawn = view[other].double()
+        assert drawn.min() < 5 and drawn.max() > 244 and abs(drawn.mean().item() - 124.5) < 5
+    assert (~foreign[0] & ~foreign[1]).float().mean().item() == pytest.approx(0.36, abs=0.02)
+
+
+@pytest.mark.parametrize("name", sorted(set(_NAMES) - {"none", "features"}))
+def test_rows_of_features_are_no_images(name: AugmentationName) -> None:
+    with pytest.raises(ValueError, match=f"{name} is for images, not for rows of features: use features"):
+        Augmentation(name, 1, [0.5], [0.5])
+
+
+def test_rows_of_features_may_have_any_length() -> None:
+    augmentation = Augmentation("features", 1, [0.5], [0.5])
+    for n, d in ((1, 7), (5, 1)):
+        rows = torch.full((n, 1, 1, d), 255, dtype=torch.uint8)
+        assert torch.equal(augmentation(rows), torch.ones(n, 1, 1, d)) and augmentation.plain(rows).shape == rows.shape
+    with pytest.raises(ValueError, match=r"give uint8 ones of shape \(n, 1, 1, 7\)"):
+        augmentation(torch.zeros(2, 1, 7, 7, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "tiny-imagenet"])

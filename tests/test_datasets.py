@@ -3,11 +3,13 @@
 import gzip
 import hashlib
 import io
+import os
 import re
 import struct
 import tarfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,14 +20,15 @@ import pytest
 from PIL import Image
 
 from experiments import fetch as fetching
-from experiments import published_files
-from experiments.datasets import ImageData, load, locate
+from experiments import limits, published_files
+from experiments.datasets import ImageData, load, locate, quantised, statistics
 from experiments.fetch import SOURCES, Source, fetch
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (6, 5, 4), dtype=np.uint8)
 COLOUR = RNG.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
 Y = np.array([0, 1, 2, 0, 1, 2])
+FEATURES = np.array([[0.5, -2.0, 1e300], [1.5, 3.0, 0.0], [0.5, 7.0, -1.0]] * 2)
 
 
 def refused(dataset: str | Path, data_root: Path, *parts: str | Path) -> None:
@@ -51,7 +54,7 @@ def test_digits_are_those_of_scikit_learn_on_the_scale_of_bytes() -> None:
     assert (data.train.labels == source.target).all() and data.train.labels.dtype == np.int64
     assert data.test is None and data.class_names == tuple("0123456789")
     pixels = data.train.images / 255
-    np.testing.assert_allclose((data.mean[0], data.std[0]), (pixels.mean(), pixels.std()))
+    np.testing.assert_allclose((data.mean, data.std), ([pixels.mean()], [pixels.std()]))
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones(tmp_path: Path) -> None:
@@ -364,16 +367,17 @@ def test_npz_layouts(x: np.ndarray, expected: np.ndarray, tmp_path: Path) -> Non
     assert data.train.images.dtype == np.uint8 and data.train.images.flags.c_contiguous
     np.testing.assert_array_equal(data.train.images, expected)
     assert data.name == "photos" and data.test is None and data.train_task is None and data.task_names == ()
-    pixels = expected / 255
-    np.testing.assert_allclose(data.mean, pixels.mean((0, 2, 3)))
-    np.testing.assert_allclose(data.std, pixels.std((0, 2, 3)))
+    assert data.mean is None and data.std is None
 
 
-def test_statistics_are_over_all_images_channel_by_channel(tmp_path: Path) -> None:
-    x = np.random.default_rng(1).integers(0, 256, (2500, 2, 2, 3), dtype=np.uint8)
-    data = own(save(tmp_path, x=x, y=np.arange(2500) % 2, x_test=COLOUR[:, :2, :2], y_test=Y % 2))
-    np.testing.assert_allclose(data.mean, (x / 255).mean((0, 1, 2)))
-    np.testing.assert_allclose(data.std, (x / 255).std((0, 1, 2)))
+def test_statistics_are_over_all_images_channel_by_channel() -> None:
+    images = np.random.default_rng(1).integers(0, 256, (2500, 3, 2, 2), dtype=np.uint8)
+    mean, std = statistics(images, "")
+    np.testing.assert_allclose(mean, (images / 255).mean((0, 2, 3)))
+    np.testing.assert_allclose(std, (images / 255).std((0, 2, 3)))
+    images[:, 1] = 17
+    with pytest.raises(ValueError, match=r"trees: channel 1 of the training images is 17 everywhere"):
+        statistics(images, "trees")
 
 
 @pytest.mark.parametrize(
@@ -435,7 +439,16 @@ def holed(value: float) -> np.ndarray:
         ({"x": holed(1.25)}, ("'x' has values from 0", "to 1.25", "rescale")),
         ({"x": holed(-0.5)}, ("'x' has values from -0.5 to", "rescale")),
         ({"x": GREY * 1.0}, ("'x' has values from", "as uint8")),
-        ({"x": np.full_like(GREY, 17)}, ("channel 0", "17 everywhere")),
+        ({"x": GREY[0].reshape(2, 10), "y": Y[:2]}, ("'x' has shape (2, 10) and dtype uint8", "(n, d) in floating")),
+        ({"x": np.ones((6, 0))}, ("'x' has shape (6, 0)",)),
+        ({"x": np.array([[1.0, 2], [np.nan, 1], [0, np.inf]]), "y": Y[:3]}, ("2 values", "row 1, column 0", "fill")),
+        ({"x": FEATURES, "x_test": GREY, "y_test": Y}, ("'x_test' are (1, 5, 4)", "'x' (1, 1, 3)")),
+        ({"class_names": np.array(["a", "b"])}, ("class_names holds 2 names", "numbers 0, 1, 2", "number them from 0")),
+        ({"class_names": np.array(["a", "b", "b"])}, ("'class_names' has dtype <U1", "different texts")),
+        ({"class_names": np.arange(3)}, ("'class_names' has dtype int64",)),
+        ({"class_names": np.array([["a"], ["b"], ["c"]])}, ("shape (3, 1)",)),
+        ({"y": Y + 1, "class_names": np.array(["a", "b", "c"])}, ("the class numbers 1, 2, 3",)),
+        ({"task": Y % 2, "task_names": np.array(["a"])}, ("task_names holds 1 names", "task numbers 0, 1")),
         ({"y": Y[:5]}, ("'y' has shape (5,) but 'x' has 6 images",)),
         ({"y": Y[:, None]}, ("'y' has shape (6, 1) but 'x' has 6 images",)),
         ({"y": Y / 2}, ("'y' has dtype float64", "astype(int)")),
@@ -465,6 +478,24 @@ def test_npz_errors_name_file_array_and_value(
     refused(path, tmp_path, path, *parts)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_features_stay_as_they_are_until_they_are_split(dtype: type, tmp_path: Path) -> None:
+    x = np.where(FEATURES > 99, 9.0, FEATURES).astype(dtype)
+    data = own(save(tmp_path, x=x, x_test=x[:3], y_test=Y[:3]))
+    assert data.test is not None and data.train.images.dtype == np.float64
+    assert (data.train.images == x[:, None, None]).all() and (data.test.images == x[:3, None, None]).all()
+
+
+def test_npz_names_of_numbered_classes_and_tasks(tmp_path: Path) -> None:
+    names, titles = np.array(["oak", "elm", "ash"]), np.array(["wet", "dry"])
+    arrays = {"x_test": GREY[:1], "y_test": Y[1:2], "task_test": Y[1:2] % 2, "task": Y % 2}
+    data = own(save(tmp_path, class_names=names, task_names=titles, **arrays))
+    assert data.class_names == ("oak", "elm", "ash") and data.task_names == ("wet", "dry")
+    assert data.train.labels.tolist() == Y.tolist() and data.train_task is not None
+    assert data.train_task.tolist() == (Y % 2).tolist()
+    assert data.test is not None and data.test.labels.tolist() == [1]
+
+
 def test_npz_without_x_or_y_lists_what_it_has(tmp_path: Path) -> None:
     path = tmp_path / "photos.npz"
     np.savez(path, images=GREY, labels=Y)
@@ -485,6 +516,29 @@ def test_a_damaged_npz_file_is_named(tmp_path: Path) -> None:
     refused(path, tmp_path, f"{path}: array 'x' cannot be read", "write the file again")
     np.save(path.with_suffix(".npy"), GREY)
     refused(path.with_suffix(".npy"), tmp_path, "photos.npy is no .npz file")
+
+
+# --- quantised features
+
+
+def test_features_become_their_quantiles_in_the_training_rows() -> None:
+    rng = np.random.default_rng(0)
+    train = np.stack([rng.exponential(size=4096), rng.integers(0, 2, 4096), np.full(4096, 7.0)], 1)[:, None, None]
+    levels = quantised(train, train)
+    assert levels.dtype == np.uint8 and levels.shape == train.shape
+    ranks = train[:, 0, 0, 0].argsort().argsort()
+    assert np.abs(levels[:, 0, 0, 0] - ranks / 16).max() <= 1
+    zeros = np.mean(train[:, 0, 0, 1] == 0)
+    expected = np.where(train[:, 0, 0, 1] == 0, 128 * zeros, 128 * (1 + zeros))
+    assert np.abs(levels[:, 0, 0, 1] - expected).max() <= 1
+    other = np.array([[-1.0, -5.0, 6.0], [1e300, 0.5, 7.0], [train[:, 0, 0, 0].max(), 2.0, 8.0]])[:, None, None]
+    middle = round(256 * zeros)
+    assert (
+        np.abs(quantised(train, other)[:, 0, 0] - np.array([[0, 0, 0], [255, middle, 127], [255, 255, 255]])).max() <= 1
+    )
+    assert (
+        quantised(train[:3], train[:3])[:, 0, 0, 0] == np.array([42, 127, 212])[train[:3, 0, 0, 0].argsort().argsort()]
+    ).all()
 
 
 # --- folders of images
@@ -527,6 +581,53 @@ def test_a_folder_with_a_test_split(test_name: str, tmp_path: Path) -> None:
     refused(tmp_path, tmp_path, str(tmp_path), "class 'yew' of the test images", "ash, elm, oak")
 
 
+def test_a_folder_of_task_folders(tmp_path: Path) -> None:
+    write_folder(tmp_path / "wet", classes=("ash", "oak"))
+    write_folder(tmp_path / "dry", classes=("oak", "elm"))
+    data = own(tmp_path)
+    assert data.task_names == ("dry", "wet") and data.class_names == ("ash", "elm", "oak")
+    assert data.train_task is not None and data.train_task.tolist() == [0] * 4 + [1] * 4
+    assert data.train.labels.tolist() == [1, 1, 2, 2, 0, 0, 2, 2]
+    with Image.open(tmp_path / "wet/oak/1.png") as image:
+        assert (data.train.images[7] == np.asarray(image).transpose(2, 0, 1)).all()
+    write_folder(tmp_path / "cold")
+    picture(tmp_path / "cold/loose.png", 0)
+    refused(tmp_path, tmp_path, f"{tmp_path / 'dry'} has folders, but {tmp_path / 'cold'} has none", "<task>/<class>")
+
+
+def test_a_folder_of_tasks_with_a_test_split(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for task in ("dry", "wet"):
+            write_folder(tmp_path / part / task)
+    data = own(tmp_path)
+    assert data.test_task is not None and data.test_task.tolist() == [0] * 4 + [1] * 4
+    (tmp_path / "test").rename(tmp_path / "other")
+    write_folder(tmp_path / "val")
+    refused(tmp_path, tmp_path, f"{tmp_path / 'train'} and {tmp_path / 'val'} has folders of tasks, the other has none")
+
+
+def test_links_must_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "trees")
+    (root / "oak/2.png").symlink_to(root / "ash/0.png")
+    assert len(own(root).train.images) == 5
+    secret = write_folder(tmp_path / "secret", classes=("a", "b")) / "a/0.png"
+    for link, target in (
+        (root / "oak/3.png", secret),
+        (root / "elm", secret.parent),
+        (root / "train", secret.parents[1]),
+    ):
+        link.symlink_to(target)
+        refused(root, tmp_path, f"{link} is a link out of {root}", target, "copy")
+        link.unlink()
+
+
+def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "trees")
+    os.mkfifo(root / "oak/2.png")  # opening it would never return
+    (root / "oak/3.png").mkdir()
+    assert len(own(root).train.images) == 4
+
+
 def test_test_is_preferred_to_val(tmp_path: Path) -> None:
     for name, classes in (("train", ("ash", "oak")), ("val", ("ash",)), ("test", ("oak",))):
         write_folder(tmp_path / name, classes=classes)
@@ -567,12 +668,44 @@ def test_an_image_of_16_bits_is_refused(tmp_path: Path) -> None:
     path = write_folder(tmp_path / "trees") / "oak/1.png"
     Image.fromarray(np.arange(48, dtype=np.uint16).reshape(6, 8)).save(path)
     refused(path.parent.parent, tmp_path, f"{path} has more than 8 bits a channel", "save it with 8")
+    path.write_bytes(png_of_16_bits(8, 6))
+    with Image.open(path) as image:
+        assert image.mode == "RGB"  # which does not tell
+    refused(path.parent.parent, tmp_path, f"{path} has more than 8 bits a channel", "save it with 8")
+
+
+def png_of_16_bits(width: int, height: int) -> bytes:
+    """In colour, which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + bytes(6 * width)) * height)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_a_format_that_may_start_a_program_is_not_decoded(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "trees") / "oak/1.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n%%EOF\n")
+    with Image.open(path) as image:
+        assert image.format == "EPS"
+    refused(path.parent.parent, tmp_path, f"{path} cannot be decoded (cannot identify")
+
+
+def test_images_that_would_not_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_folder(tmp_path / "trees")
+    monkeypatch.setattr(limits, "memory_limit", lambda: 4 * 6 * 8 * 3 - 1)
+    refused(root, tmp_path, f"4 images as large as {root / 'ash/0.png'} would take", "fewer or smaller")
+    monkeypatch.setattr(limits, "memory_limit", lambda: 4 * 6 * 8 * 3)
+    assert len(own(root).train.images) == 4
 
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folder(tmp_path / "trees")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-    refused(root, tmp_path, f"{root / 'ash/0.png'} cannot be decoded", "decompression bomb")
+    for most in (20, 40):  # Pillow warns beyond it, and refuses beyond twice as many
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        refused(root, tmp_path, f"{root / 'ash/0.png'} cannot be decoded", "decompression bomb")
 
 
 def test_folders_without_classes_or_images_are_refused(tmp_path: Path) -> None:

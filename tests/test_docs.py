@@ -1,13 +1,17 @@
 """The examples of the documentation run as they stand."""
 
+import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cila_bound.cli import main
+from experiments.presets import preset
 from experiments.spec import load_spec
+from experiments.streams import build_stream
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +34,17 @@ def test_sweep_example(tmp_path: Path) -> None:
     configs = load_spec(tmp_path / "spec.toml")
     assert len(configs) == 12
     assert configs[-1].name == "digits/cila-pure-buffer_size=100-kappa=1.0-seed2"
+
+
+def test_data_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    x, site = rng.integers(0, 256, (48, 8, 8), np.uint8), np.repeat(["Bonn", "Leeds"], 24)
+    np.savez("solar.npz", x=x, defects=np.arange(48) % 4 / 2, site=site)
+    exec(compile(code("docs/experiments.md"), "docs/experiments.md", "exec"), {})
+    assert "48 images of 8 x 8 pixels, grey" in capsys.readouterr().out
+    config = dataclasses.replace(preset("custom"), dataset="cells.npz", scenario="task-column")
+    assert [task.name for task in build_stream(config, tmp_path).tasks] == ["Leeds", "Bonn"]
 
 
 @pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

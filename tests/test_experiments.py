@@ -74,6 +74,11 @@ def test_metrics_against_hand_computation() -> None:
         ({"weight_decay": -1e-4}, "weight_decay must be finite and >= 0, got -0.0001"),
         ({"weight_decay": float("inf")}, "weight_decay must be finite and >= 0, got inf"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"label_noise": 0.51}, "label_noise must be in \\[0, 0.5\\], got 0.51"),
+        ({"label_noise": -0.1}, "label_noise must be in"),
+        ({"label_noise": float("nan")}, "label_noise must be in"),
+        ({"imbalance": 0.9}, "imbalance must be finite and at least 1, got 0.9"),
+        ({"imbalance": float("inf")}, "imbalance must be finite"),
     ],
 )
 def test_configuration_refuses(change: dict[str, Any], message: str) -> None:
@@ -149,6 +154,9 @@ def test_every_combination_of_temperature_and_negatives_has_its_log(tmp_path: Pa
         train.run(config, tmp_path, show_progress=False)
 
 
+_NAMED = ("positives", "queue_size", "buffer_size", "label_noise", "imbalance")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -159,6 +167,7 @@ def test_every_combination_of_temperature_and_negatives_has_its_log(tmp_path: Pa
         {"method": "er", "buffer_size": 0},
         {"method": "co2l", "model": "resnet18", "width": 4, "augmentation": "generic", "train_per_class": 10},
         {"method": "co2l", "pretrain_epochs": 1, "pretrain_dataset": "OTHER"},
+        {"method": "cila-max", "label_noise": 0.3, "imbalance": 3.0, "model": "strided"},
         {"method": "der++", "scenario": "rotations", "stream": "rotated-digits", "buffer": "reservoir"},
     ],
 )
@@ -171,7 +180,7 @@ def test_every_option_runs_and_its_bounds_hold(change: dict[str, Any], tmp_path:
     metrics = train.run(config, tmp_path, show_progress=False)
     log = read_log(tmp_path / "losses.jsonl")
     assert Report.of(log).violations == []
-    assert all(name in metrics["variant"] for name in change if name in ("positives", "queue_size", "buffer_size"))
+    assert all(name in metrics["variant"] for name in change if name in _NAMED)
     assert "precision" not in metrics["variant"]
     assert set(metrics["accuracy"]) == ({"domain_il"} if "scenario" in change else {"class_il", "task_il"})
 

@@ -22,7 +22,7 @@ ALLOWED = {
     "experiments": {
         *("experiments", "cila_bound", "cila_kernels"),
         *("torch", "numpy", "scipy", "sklearn", "tqdm", "tyro", "joblib", "filelock"),
-        *("PIL", "distributed", "kornia", "pooch"),
+        *("PIL", "distributed", "kornia", "pooch", "pyarrow"),
     },
     "paper_figures": {"paper_figures", "cila_bound", "matplotlib", "numpy", "scipy", "tyro"},
 }

@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ def _parameters(module: nn.Module | None) -> int:
     [
         ("small", (1, 8, 8), None, 128, 64),
         ("small", (3, 9, 14), 24, 24, 64),
+        ("strided", (1, 28, 28), None, 128, 64),
+        ("strided", (3, 9, 14), 24, 24, 64),
+        ("mlp", (1, 1, 30), None, 256, 64),
+        ("mlp", (3, 5, 4), 20, 20, 64),
         ("mnist-cnn", (1, 28, 28), None, 500, 500),
         ("mnist-cnn", (3, 16, 21), 30, 30, 30),
         ("resnet18", (3, 32, 32), 8, 64, 128),
@@ -37,7 +42,7 @@ def test_outputs_with_a_head(
     assert torch.equal(outputs.embedding, functional.normalize(model.head(outputs.representation), dim=1))
 
 
-@pytest.mark.parametrize("name", ["small", "mnist-cnn", "resnet18"])
+@pytest.mark.parametrize("name", get_args(ModelName))
 def test_outputs_with_a_classifier(name: ModelName) -> None:
     model = build_model(name, (1, 28, 28), width=16, n_classes=7).eval()
     outputs = model.outputs(torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(0)))
@@ -51,6 +56,8 @@ def test_outputs_with_a_classifier(name: ModelName) -> None:
     ("name", "shape", "width", "encoder", "head"),
     [
         ("small", (1, 8, 8), None, 320 + 18496 + 36928 + 2 * 160 + 64 * 4 * 128 + 3 * 128, 16512 + 256 + 8256),
+        ("strided", (1, 28, 28), None, 160 + 4640 + 18496 + 2 * 112 + 64 * 16 * 128 + 3 * 128, 16512 + 256 + 8256),
+        ("mlp", (1, 1, 30), None, 30 * 256 + 256 * 256 + 2 * 3 * 256, 65792 + 512 + 16448),
         ("mnist-cnn", (1, 28, 28), None, 520 + 25050 + 400500, 2 * 250500),
         ("resnet18", (3, 32, 32), None, 11_168_832, 512 * 513 + 513 * 128),  # 11,173,962 with a classifier of 10
         # batch norms; stem; stages of 4 convolutions of 9 w^2, the first of each halving a third of it, and a shortcut
@@ -84,6 +91,20 @@ def test_small_network_starts_as_it_did_in_version_0_1() -> None:
     assert str(model) == str(expected)
     for (name, value), (other, wanted) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
         assert name == other and torch.equal(value, wanted)
+
+
+def test_strided_network_halves_the_image_three_times_and_the_mlp_has_two_layers() -> None:
+    def kinds(module: nn.Module) -> list[str]:
+        return [type(layer).__name__ for layer in module.children()]
+
+    strided, mlp = build_model("strided", (1, 28, 28)), build_model("mlp", (1, 1, 5))
+    layers = [layer for layer in strided.encoder.children() if isinstance(layer, nn.Conv2d)]
+    assert [(layer.out_channels, layer.stride) for layer in layers] == [(16, (2, 2)), (32, (2, 2)), (64, (2, 2))]
+    convolutional, dense = ["Conv2d", "BatchNorm2d", "ReLU"], ["Linear", "BatchNorm1d", "ReLU"]
+    assert kinds(strided.encoder) == [*3 * convolutional, "Flatten", *dense]
+    assert kinds(mlp.encoder) == ["Flatten", *dense, *dense]
+    for model in (strided, mlp):
+        assert model.head is not None and kinds(model.head) == [*dense, "Linear"]
 
 
 def test_mnist_network_layer_by_layer() -> None:
@@ -141,6 +162,8 @@ def test_autocast_keeps_the_embedding_in_float32(n_classes: int | None) -> None:
 def test_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="15 x 28 are too small for mnist-cnn, which needs 16 x 16: use the model sma"):
         build_model("mnist-cnn", (1, 15, 28))
+    with pytest.raises(ValueError, match="small convolves images, but features have no neighbours: use the model mlp"):
+        build_model("small", (1, 1, 28))
     with pytest.raises(ValueError, match="width is 0: give at least 1, or None"):
         build_model("small", (1, 8, 8), width=0)
     with pytest.raises(ValueError, match="n_classes is -2: give at least 1, or None"):

@@ -1,4 +1,4 @@
-"""The three published streams, from small generated files in the official layouts to bounds that hold."""
+"""The streams of published datasets, from small generated files in the official layouts to bounds that hold."""
 
 import dataclasses
 import gzip
@@ -64,6 +64,7 @@ def write_tiny_imagenet(root: Path) -> None:
 @pytest.mark.parametrize(
     ("stream", "write", "change", "first_task", "kind"),
     [
+        ("split-mnist", write_mnist, {}, "0-1", {"class_il", "task_il"}),
         ("rotated-mnist", write_mnist, {"n_tasks": 2}, "rotation 1", {"domain_il"}),
         ("seq-cifar10", write_cifar10, {"width": 4}, "airplane-automobile", {"class_il", "task_il"}),
         ("seq-tiny-imagenet", write_tiny_imagenet, {"width": 4}, "n00-n01", {"class_il", "task_il"}),

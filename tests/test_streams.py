@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,9 @@ from experiments.buffer import Buffer
 from experiments.config import RunConfig
 from experiments.datasets import Dataset, ImageData, load
 from experiments.presets import preset
-from experiments.streams import build_stream, split_by_class
+from experiments.seeds import Purpose, derive, numpy_rng
+from experiments.streams import SplitName, TaskStream, build_stream, split_by_class
+from experiments.stress import imbalanced, noisy_labels
 from experiments.tuples import draw_tuples, tuple_losses
 from tests.simulate import losses
 
@@ -269,6 +271,150 @@ def test_images_that_are_not_square_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "wide.npz", x=np.arange(960, dtype=np.uint8).reshape(20, 6, 8), y=np.arange(20) % 2)
     with pytest.raises(ValueError, match=r"the images of .* are 6 x 8: cut or pad them"):
         build_stream(dataclasses.replace(preset("custom"), dataset=str(tmp_path / "wide.npz"), n_tasks=1), DATA)
+
+
+def custom(path: Path, change: dict[str, Any] | None = None, **arrays: Any) -> TaskStream:
+    """The stream of an .npz file of these arrays."""
+    np.savez(path, **arrays)
+    default = dataclasses.replace(preset("custom"), dataset=str(path), n_tasks=1)
+    return build_stream(dataclasses.replace(default, **change or {}), DATA)
+
+
+def test_statistics_of_a_custom_dataset_are_those_of_its_training_split(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (60, 3, 8, 8), dtype=np.uint8)
+    stream = custom(tmp_path / "a.npz", {"n_tasks": 2}, x=x, y=np.arange(60) % 4)
+    train = np.concatenate([task.train.images for task in stream.tasks]) / 255
+    assert len(train) == 28
+    np.testing.assert_allclose(stream.mean, train.mean((0, 2, 3)))
+    np.testing.assert_allclose(stream.std, train.std((0, 2, 3)))
+    official = custom(tmp_path / "b.npz", x=x[:40], y=np.arange(40) % 2, x_test=x[40:], y_test=np.arange(20) % 2)
+    np.testing.assert_allclose(official.mean, (x[:40] / 255).mean((0, 2, 3)))
+    with pytest.raises(ValueError, match=r"a: channel 0 of the training images is 9 everywhere"):
+        custom(tmp_path / "a.npz", x=np.full((60, 8, 8), 9, np.uint8), y=np.arange(60) % 2)
+
+
+def test_features_are_quantised_by_the_training_split_alone(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(90, 5)), np.arange(90) % 2
+    stream = custom(tmp_path / "a.npz", x=x, y=y)
+    splits = stream.tasks[0].splits
+    assert stream.shape == (1, 1, 5) and all(split.images.dtype == np.uint8 for split in splits.values())
+    assert stream.mean[0] == pytest.approx(0.5, abs=0.01) and stream.std[0] == pytest.approx(12**-0.5, abs=0.01)
+    order = np.sort(splits["train"].images[:, 0, 0], axis=0)
+    assert (np.abs(order - np.linspace(3, 252, 34)[:, None]) <= 2).all()  # the training rows are spread evenly
+    index = split_by_class(y, 0.3, 0.3, numpy_rng(0, "split"))
+    x[np.concatenate([index["heldout"], index["test"]])] *= 1e6
+    moved = custom(tmp_path / "a.npz", x=x, y=y)
+    assert (moved.tasks[0].train.images == splits["train"].images).all() and moved.mean == stream.mean
+    assert not (moved.tasks[0].splits["test"].images == splits["test"].images).all()
+    with pytest.raises(ValueError, match="a has rows of features, which cannot be rotated"):
+        custom(tmp_path / "a.npz", {"scenario": "rotations"}, x=x, y=y)
+
+
+def images_of(stream: TaskStream, name: SplitName) -> list[bytes]:
+    return [image.tobytes() for task in stream.tasks for image in task.splits[name].images]
+
+
+@pytest.mark.parametrize("official_test", [False, True])
+@pytest.mark.parametrize("kind", ["images", "features"])
+def test_copies_of_training_images_are_in_no_other_split(official_test: bool, kind: str, tmp_path: Path) -> None:
+    """Of every second image there are two copies, in another class and task where there are any."""
+    rng = np.random.default_rng(0)
+    x: np.ndarray = rng.integers(0, 256, (60, 8, 8), dtype=np.uint8) if kind == "images" else rng.normal(size=(60, 7))
+    arrays = {"x": np.concatenate([x, x[::2], x[::2]]), "y": np.arange(120) % 4}
+    if official_test:
+        arrays = {"x": x, "y": np.arange(60) % 4, "x_test": arrays["x"][45:], "y_test": arrays["y"][45:]}
+    stream = custom(tmp_path / "a.npz", {"n_tasks": 2}, **arrays)
+    train, heldout, test = (images_of(stream, name) for name in ("train", "heldout", "test"))
+    assert not set(heldout) & set(train) and not set(test) & set(train) and not set(test) & set(heldout)
+    total = len(arrays["x"]) + len(arrays.get("x_test", ()))
+    assert stream.leaked == total - len(train) - len(heldout) - len(test) > 10
+    assert len(set(train + heldout + test)) == 60
+    again = custom(tmp_path / "a.npz", {"n_tasks": 2}, **arrays)
+    assert again.fingerprint() == stream.fingerprint()
+
+
+def test_leaks_are_found_before_images_are_rotated_and_digits_have_none(tmp_path: Path) -> None:
+    assert build_stream(TINY, DATA).leaked == build_stream(ROTATED, DATA).leaked == 0
+    x = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    copies = {"x": np.concatenate([x, x]), "y": np.tile(np.arange(30) % 2, 2)}
+    stream = custom(tmp_path / "a.npz", {"n_tasks": 3, "scenario": "rotations"}, **copies)
+    assert stream.leaked > 5
+    for task in stream.tasks:
+        assert sum(len(split.labels) for split in task.splits.values()) == 60 - stream.leaked
+
+
+def test_pretraining_images_count_as_training_images(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    copies = {"x": np.concatenate([x, x]), "y": np.tile(np.arange(40) % 2, 2)}
+    stream = custom(tmp_path / "a.npz", {"pretrain_fraction": 0.6}, **copies)
+    assert stream.pretrain is not None
+    aside = {image.tobytes() for image in stream.pretrain.images}
+    assert not aside & {*images_of(stream, "heldout"), *images_of(stream, "test")}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_label_noise_is_within_the_task_and_in_training_labels_only(share: float) -> None:
+    config = dataclasses.replace(TINY, n_tasks=2)
+    clean = build_stream(config, DATA)
+    noisy = build_stream(dataclasses.replace(config, label_noise=share), DATA)
+    for task, before in zip(noisy.tasks, clean.tasks, strict=True):
+        assert all((task.splits[name].labels == before.splits[name].labels).all() for name in ("heldout", "test"))
+        assert all((task.splits[name].images == part.images).all() for name, part in before.splits.items())
+        wrong = task.train.labels != before.train.labels
+        assert wrong.sum() == round(share * len(wrong)) and set(task.train.labels.tolist()) == set(task.classes)
+        old, new = before.train.labels[wrong], task.train.labels[wrong]
+        pairs = np.array([np.sum((old == a) & (new == b)) for a in task.classes for b in task.classes if a != b])
+        if share == 0.5:  # enough for each pair
+            assert pairs.min() > 0 and pairs.std() < 2 * np.sqrt(pairs.mean())
+    again, other = (build_stream(dataclasses.replace(config, label_noise=share, seed=s), DATA) for s in (0, 1))
+    assert again.fingerprint() == noisy.fingerprint() != other.fingerprint()
+
+
+def test_label_noise_makes_labels_wrong_in_tasks_of_two_classes() -> None:
+    labels = noisy_labels(np.array([4, 9] * 50), (9, 4), 0.5, np.random.default_rng(0))
+    assert np.sum(labels != np.array([4, 9] * 50)) == 50 and set(labels.tolist()) == {4, 9}
+
+
+def test_imbalance_makes_class_sizes_fall_geometrically_in_every_split() -> None:
+    config = dataclasses.replace(TINY, n_tasks=2, class_order="random", imbalance=16.0)
+    stream, whole = build_stream(config, DATA), build_stream(dataclasses.replace(config, imbalance=1.0), DATA)
+    for task, before in zip(stream.tasks, whole.tasks, strict=True):
+        for name, split in task.splits.items():
+            sizes = np.array([np.sum(split.labels == label) for label in task.classes])
+            full = np.array([np.sum(before.splits[name].labels == label) for label in task.classes])
+            assert np.abs(sizes - sizes[0] / np.array([1, 2, 4, 8, 16])).max() < 1 and (sizes <= full).all()
+            assert sizes[0] == full[0]
+            original = {image.tobytes(): label for image, label in zip(*before.splits[name], strict=True)}
+            assert all(original[image.tobytes()] == label for image, label in zip(*split, strict=True))
+    assert build_stream(config, DATA).fingerprint() == stream.fingerprint()
+    other = build_stream(dataclasses.replace(config, method="co2l", label_noise=0.2), DATA)
+    assert images_of(other, "train") == images_of(stream, "train")
+
+
+def test_imbalance_takes_as_many_as_the_smallest_class_allows() -> None:
+    labels = np.repeat([0, 1, 2], [20, 50, 8])
+    index = imbalanced(labels, (1, 0, 2), 4.0, np.random.default_rng(0))
+    assert np.bincount(labels[index]).tolist() == [16, 32, 8] and (np.diff(index) > 0).all()
+    assert not np.array_equal(index, imbalanced(labels, (1, 0, 2), 4.0, np.random.default_rng(1)))
+
+
+def test_too_much_imbalance_names_task_and_split() -> None:
+    message = r"the heldout data of task 1 \(0-1\): imbalance 40 leaves 1 of 5\d samples of a class: lower it"
+    with pytest.raises(ValueError, match=message):
+        build_stream(dataclasses.replace(TINY, imbalance=40.0), DATA)
+
+
+SEEDS = [
+    *(3760501395151065059, 1982602371787776500, 593536150078615928, 2325557173004347257, 18279919665243319),
+    *(3865190650862912169, 1014686538598015491, 3411758247507203375, 1174573574712696465, 4227811709105862802),
+]
+
+
+def test_new_purposes_leave_the_seeds_of_others_alone() -> None:
+    assert [derive(7, purpose, 1, 2) for purpose in get_args(Purpose)[:10]] == SEEDS
+    assert len({derive(7, purpose) for purpose in get_args(Purpose)}) == len(get_args(Purpose)) == 12
 
 
 def test_images_for_pretraining_are_used_for_nothing_else() -> None:
