@@ -187,11 +187,9 @@ def _plan(base: RunConfig, request: Request, prepared: Prepared) -> dict[str, An
 def _counts(prepared: Prepared) -> dict[str, dict[str, int]]:
     """Of each task and class; those of an official test split are taken together with the others."""
     counts = prepared.counts + (0 if prepared.test_counts is None else prepared.test_counts)
-    tasks = prepared.task_names or ["every rotation"] * min(len(counts), 1)
-    return {
-        task: dict(zip(prepared.class_names, row.tolist(), strict=True))
-        for task, row in zip(tasks, counts, strict=False)
-    }
+    tasks = prepared.task_names or ("every rotation",)
+    rows = (dict(zip(prepared.class_names, row.tolist(), strict=True)) for row in counts)
+    return dict(zip(tasks, rows, strict=False))
 
 
 def _in_words(plan: dict[str, Any]) -> str:

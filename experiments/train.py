@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ class _Run:
         if config.sync_batchnorm:
             self.model = world.synchronised(self.model, self.device)
         self.model.to(self.device).to(memory_format=layout(config.model, self.device)).eval()  # type: ignore[call-overload]
-        self.embed: nn.Module = torch.compile(self.model) if config.compile else self.model
+        self.embed: nn.Module = cast(nn.Module, torch.compile(self.model)) if config.compile else self.model
         self.buffer = Buffer(config.buffer_size, config.buffer)
         self.teacher: Snapshot | None = None
         self.progress = world.said(lambda: begin_or_resume(config, directory))
@@ -243,6 +243,11 @@ class _Run:
     def _warn(self, writer: LossLogWriter) -> None:
         """Of other versions than the run was begun with, and of what the log will lack."""
         messages = []
+        if self.stream.leaked:
+            messages.append(
+                f"{self.stream.leaked} held-out or test images are copies of training images, or of each other, and "
+                "were left out: the bounds hold for images that are not"
+            )
         changed = changes(writer.log.header.versions, self.versions)
         if changed:
             messages.append(

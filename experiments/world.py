@@ -49,7 +49,7 @@ class World:
             return model
         if device.type != "cuda":
             raise ValueError("sync_batchnorm needs GPUs: leave it out, statistics are then those of each rank's share")
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model, self.group)  # type: ignore[no-any-return]
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model, self.group)
 
     def said(self, decide: Callable[[], T]) -> T:
         """What the first rank's call returns; the others make none and wait. Its error is raised on all."""

@@ -72,8 +72,9 @@ def robustness(study: Study) -> Figure:
     )
     for row, label in enumerate(rows):
         grid[row * len(sweeps)].set_ylabel(label)
-    legend(drawing, grid[: 2 * len(sweeps)], bounded, "upper")
-    legend(drawing, grid[2 * len(sweeps) :], "methods", "lower")
+    count = len(sweeps)
+    legend(drawing, grid[: 2 * count], bounded, beside=grid[count - 1])
+    legend(drawing, grid[2 * count :], "methods", beside=grid[3 * count - 1])
     heading(
         drawing,
         "Harder training: measured loss, bounds, accuracy and forgetting",

@@ -43,7 +43,6 @@ METHOD_STYLE = {
     "er": ("#666666", "<"),
     "der++": ("#222222", ">"),
 }
-_PLACES: Any = {place: f"outside right {place}" for place in ("center", "upper", "lower")}
 CUT = 100.0  # the highest bound on an axis, in ceilings
 MANY_TASKS = 9  # from here on, lines and numbers instead of markers and names
 
@@ -97,23 +96,15 @@ def heading(drawing: Figure, *lines: str) -> None:
     drawing.suptitle("\n".join(textwrap.fill(line, width) for line in lines), fontsize=10)
 
 
-def legend(
-    drawing: Figure,
-    axes: Sequence[Axes],
-    title: str | None = None,
-    place: Literal["center", "upper", "lower"] = "center",
-) -> None:
-    """One legend for all panels given, at the right: in the "center", or "upper" or "lower"."""
+def legend(drawing: Figure, axes: Sequence[Axes], title: str | None = None, beside: Axes | None = None) -> None:
+    """One legend for all panels given, at the right of the figure, or of the panel ``beside`` it."""
     entries = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
-    drawing.legend(
-        entries.values(),
-        entries.keys(),
-        loc=_PLACES[place],
-        title=title,
-        fontsize=8,
-        title_fontsize=8,
-        frameon=False,
-    )
+    style: Any = {"title": title, "fontsize": 8, "title_fontsize": 8, "frameon": False}
+    if beside is None:
+        drawing.legend(entries.values(), entries.keys(), loc="outside right center", **style)
+    else:
+        place: Any = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0)}
+        beside.legend(list(entries.values()), list(entries), **place, **style)
 
 
 def task_ticks(axes: Axes, tasks: Sequence[str], size: float = 9.0) -> None:

@@ -45,6 +45,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     *({"method": "co2l", "distill_weight": weight, "log_tuples": "none"} for weight in (0.1, 10.0)),
     *({"method": method, "buffer_size": 50, "log_tuples": "none"} for method in ("co2l", "er")),
     {"method": "co2l", "positives": "view"},
+    {"method": "cila-max", "label_noise": 0.2, "log_tuples": "none"},
+    {"method": "cila-max", "imbalance": 10.0},
     {"method": "co2l", "queue_size": 512},
     *(
         {"method": method, "pretrain_fraction": 0.5, "pretrain_epochs": epochs}

@@ -24,7 +24,7 @@ ALLOWED = {
         *("torch", "numpy", "scipy", "sklearn", "tqdm", "tyro", "joblib", "filelock"),
         *("PIL", "distributed", "kornia", "pooch", "pyarrow"),
     },
-    "paper_figures": {"paper_figures", "cila_bound", "matplotlib", "numpy", "scipy", "tyro"},
+    "paper_figures": {"paper_figures", "cila_bound", "jinja2", "matplotlib", "numpy", "scipy", "tyro"},
 }
 
 
