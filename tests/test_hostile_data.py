@@ -480,6 +480,15 @@ def test_parquet_files_without_images(image: Any, message: str, tmp_path: Path) 
         refused(tmp_path, "has no images in a column 'image'; its columns are 'image', 'label'", images="image")
 
 
+def test_text_that_is_none_is_found_when_a_file_is_read(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    table = pa.table({"label": pa.array([b"oak", b"\xff"]).cast(pa.string(), safe=False)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    refused(tmp_path, "a.parquet cannot be read .*UTF8.*: save the dataset again")
+
+
 def test_parquet_files_of_different_columns(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet

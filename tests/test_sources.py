@@ -127,6 +127,7 @@ def test_labels_are_numbered_in_order(
         (X.astype(np.float32), X[:, None]),
         (X.astype(np.uint16), X[:, None]),
         (X / 255, X[:, None]),
+        ((X > 99).astype(np.float32), 255 * (X > 99)[:, None]),
         (X.reshape(48, 64), X[:, None]),
         (X.reshape(48, 64).astype(float), X[:, None]),
         (COLOUR, COLOUR.transpose(0, 3, 1, 2)),

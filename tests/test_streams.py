@@ -368,8 +368,18 @@ def test_label_noise_is_within_the_task_and_in_training_labels_only(share: float
         pairs = np.array([np.sum((old == a) & (new == b)) for a in task.classes for b in task.classes if a != b])
         if share == 0.5:  # enough for each pair
             assert pairs.min() > 0 and pairs.std() < 2 * np.sqrt(pairs.mean())
-    again, other = (build_stream(dataclasses.replace(config, label_noise=share, seed=s), DATA) for s in (0, 1))
-    assert again.fingerprint() == noisy.fingerprint() != other.fingerprint()
+    again, other, clean_other = (
+        build_stream(dataclasses.replace(config, label_noise=noise, seed=seed), DATA)
+        for noise, seed in ((share, 0), (share, 1), (0.0, 1))
+    )
+    assert again.fingerprint() == noisy.fingerprint()
+    pairs_of_seeds = zip(other.tasks[0].train.labels, clean_other.tasks[0].train.labels, strict=True)
+    wrong_in_other = np.array([a != b for a, b in pairs_of_seeds])
+    assert (wrong_in_other != (noisy.tasks[0].train.labels != clean.tasks[0].train.labels)).any()
+    first, second = (
+        part.train.labels != before.train.labels for part, before in zip(noisy.tasks, clean.tasks, strict=True)
+    )
+    assert (first[:100] != second[:100]).any()
 
 
 def test_label_noise_makes_labels_wrong_in_tasks_of_two_classes() -> None:
@@ -406,15 +416,23 @@ def test_too_much_imbalance_names_task_and_split() -> None:
         build_stream(dataclasses.replace(TINY, imbalance=40.0), DATA)
 
 
-SEEDS = [
-    *(3760501395151065059, 1982602371787776500, 593536150078615928, 2325557173004347257, 18279919665243319),
-    *(3865190650862912169, 1014686538598015491, 3411758247507203375, 1174573574712696465, 4227811709105862802),
-]
+SEEDS: dict[Purpose, int] = {
+    "split": 3760501395151065059,
+    "classes": 1982602371787776500,
+    "pretraining": 593536150078615928,
+    "weights": 2325557173004347257,
+    "batches": 18279919665243319,
+    "epoch": 3865190650862912169,
+    "buffer": 1014686538598015491,
+    "tuples": 3411758247507203375,
+    "probe": 1174573574712696465,
+    "angles": 4227811709105862802,
+}
 
 
 def test_new_purposes_leave_the_seeds_of_others_alone() -> None:
-    assert [derive(7, purpose, 1, 2) for purpose in get_args(Purpose)[:10]] == SEEDS
-    assert len({derive(7, purpose) for purpose in get_args(Purpose)}) == len(get_args(Purpose)) == 12
+    assert {purpose: derive(7, purpose, 1, 2) for purpose in SEEDS} == SEEDS
+    assert len({derive(7, purpose) for purpose in get_args(Purpose)}) == len(get_args(Purpose)) > len(SEEDS)
 
 
 def test_images_for_pretraining_are_used_for_nothing_else() -> None:
