@@ -1,9 +1,9 @@
 """One command for a dataset never seen before: what forgetting costs on it, what each part of the method is worth, and
 what can be guaranteed.
 
-Everything goes below one folder: ``data.npz``, the dataset in one shape; ``check.json``, what was asked for, found and
-decided; ``runs/``, the trained runs; ``report.html`` and ``report.json``. The same command again goes on where it was
-stopped.
+Everything goes below one folder NAME: ``NAME.npz``, the dataset in one shape; ``check.json``, what was asked for, found
+and decided; ``runs/``, the trained runs; ``report.html`` and ``report.json``. The same command again goes on where it
+was stopped.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def check(request: Request, folder: Path) -> int:
         )
         _check_defect(request, prepared)
         folder.mkdir(parents=True, exist_ok=True)
-        prepared.save(folder / "data.npz")
+        prepared.save(folder / f"{folder.name}.npz")
         decided = _decide(request, prepared, folder)
         write_atomic(planned, (json.dumps(decided, indent=2) + "\n").encode())
     for remark in decided["remarks"]:
@@ -96,7 +96,7 @@ def check(request: Request, folder: Path) -> int:
 
 def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any]:
     """The content of ``check.json``."""
-    base = _base(request, prepared, folder / "data.npz")
+    base = _base(request, prepared, folder / f"{folder.name}.npz")
     plan = _plan(base, request, prepared)
     runs = [
         dataclasses.replace(
@@ -155,7 +155,7 @@ def _plan(base: RunConfig, request: Request, prepared: Prepared) -> dict[str, An
     with tempfile.TemporaryDirectory() as scratch:
         pilot = dataclasses.replace(base, method="cila-max", log_tuples="none", keep_checkpoints=False)
         training = train(pilot, Path(scratch) / "pilot", show_progress=False)["training_seconds"]
-    overhead = time.perf_counter() - start - training
+    overhead = max(time.perf_counter() - start - training, 0.0)
     of_tasks = prepared.counts.sum(axis=1)
     per_epoch = training * (1 + of_tasks[0] / of_tasks.sum())  # twice as many epochs on the first task
     left = max(60.0 * request.minutes - (time.perf_counter() - start), 0.0) * 0.9 * request.jobs / len(STAGES)
