@@ -111,6 +111,7 @@ def certify(
     selections: int = 1,
     standard_errors: float = 0.0,
     rounding: float = 0.0,
+    rigorous: bool = False,
 ) -> Certificate:
     """Evaluates one bound on a log.
 
@@ -127,6 +128,8 @@ def certify(
     ``inequality`` is that of :mod:`cila_bound.concentration`; "auto" takes betting where the log holds the values of
     single tuples, and else Chernoff's bound. ``selections``: how many models these held-out tuples chose this one from
     (variants compared on them, updates they let pass or refused): the bound then holds for any of them.
+
+    ``rigorous``: moment steps with machine-proven constants (:mod:`cila_bound.rigorous`, which needs python-flint).
 
     Raises ValueError for an unknown name, a chain that the step has not ("pointwise" and "direct" exist refreshed only,
     "theorem1" full only), a confidence outside (0, 1), and for a certificate on training data, which are no sample that
@@ -159,13 +162,14 @@ def certify(
         return _of_theorem1(log, last, chain)
 
     def bounds(reading: Reading) -> list[Interval]:
-        return [evaluate(log, task, last, step, chain, data, reading) for task in range(1, last + 1)]
+        return [evaluate(log, task, last, step, chain, data, reading, rigorous=rigorous) for task in range(1, last + 1)]
 
     reading: Margin | Confidence = Margin(standard_errors, rounding)
     delta = None
     if confidence is not None:
         inventory = Inventory()
-        bounds(inventory)
+        for task in range(1, last + 1):
+            evaluate(log, task, last, step, chain, data, inventory)
         delta = (1.0 - confidence) / (len(inventory.asked) * selections)
         reading = Confidence(delta, inequality)
     found = bounds(reading)

@@ -21,7 +21,8 @@ from cila_bound.geometry import Geometry
 from cila_bound.losslog import LossLog
 from cila_bound.means import Margin, Mean, Reading
 from cila_bound.records import Measurement, Split, Statistic
-from cila_bound.steps import linear_step, pinsker_step, pointwise_step, saturating_step
+from cila_bound.rigorous import rigorous_moment_step
+from cila_bound.steps import MomentStep, linear_step, pinsker_step, pointwise_step, saturating_step
 
 ChainStep = Literal["linear", "saturating", "pinsker", "moment", "best", "pointwise", "direct"]
 Chain = Literal["full", "refreshed"]
@@ -51,6 +52,7 @@ class _Update(NamedTuple):
     record: Measurement
     geometry: Geometry
     reading: Reading
+    rigorous: bool
 
     @property
     def distillation(self) -> Mean:
@@ -62,9 +64,20 @@ class _Update(NamedTuple):
 
 
 def evaluate(
-    log: LossLog, task: int, last: int, step: ChainStep, chain: Chain, data: Data, reading: Reading
+    log: LossLog,
+    task: int,
+    last: int,
+    step: ChainStep,
+    chain: Chain,
+    data: Data,
+    reading: Reading,
+    *,
+    rigorous: bool = False,
 ) -> Interval:
-    """The bound on L_con(f_last; D_task) by one chain. Raises LookupError for a record that the log does not hold."""
+    """The bound on L_con(f_last; D_task) by one chain; ``rigorous``: moment steps with machine-proven constants.
+
+    Raises LookupError for a record that the log does not hold.
+    """
     geometry = log.geometry
 
     def record(t: int) -> Measurement:
@@ -78,7 +91,8 @@ def evaluate(
     source, prefix = record(last if refreshed else task), "teacher_" if refreshed else ""
     loss = _mean(source, f"{prefix}contrastive", geometry, reading)
     miss = _mean(source, f"{prefix}miss_probability", geometry, reading)
-    updates = [_Update(record(t), geometry, reading) for t in range(last if refreshed else task + 1, last + 1)]
+    first = last if refreshed else task + 1
+    updates = [_Update(record(t), geometry, reading, rigorous) for t in range(first, last + 1)]
     if not updates:
         return Interval(loss.lower, loss.upper, loss.upper)
     if step == "pointwise":
@@ -167,12 +181,19 @@ def _pinsker_lower(state: _State, lower: float, update: _Update, geometry: Geome
 _solve_lower, _solve_upper = (functools.lru_cache(maxsize=4096)(solve) for solve in (solve_lower, solve_upper))
 
 
+@functools.lru_cache(maxsize=4096)
+def _proven(loss: float, drift: float, geometry: Geometry) -> MomentStep:
+    return rigorous_moment_step(contrastive=loss, drift=drift, geometry=geometry)
+
+
 def _moment_upper(state: _State, update: _Update, geometry: Geometry) -> float:
-    return _solve_upper(geometry.clip(state.loss), update.drift.upper, geometry).bound
+    loss, drift = geometry.clip(state.loss), update.drift.upper
+    return _proven(loss, drift, geometry).upper if update.rigorous else _solve_upper(loss, drift, geometry).bound
 
 
 def _moment_lower(state: _State, lower: float, update: _Update, geometry: Geometry) -> float:
-    return _solve_lower(geometry.clip(lower), update.drift.upper, geometry).bound
+    loss, drift = geometry.clip(lower), update.drift.upper
+    return _proven(loss, drift, geometry).lower if update.rigorous else _solve_lower(loss, drift, geometry).bound
 
 
 def _best_upper(state: _State, update: _Update, geometry: Geometry) -> float:

@@ -45,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 confidence=options.confidence,
                 inequality=options.inequality,
                 selections=options.selections,
+                rigorous=options.rigorous,
                 sigmas=options.sigmas,
             )
-        except (OSError, ValueError, LookupError) as error:
+        except (OSError, ValueError, LookupError, ImportError) as error:
             print(f"cila-bound: {error}", file=sys.stderr)
             status = 2
             continue
@@ -104,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="models that the held-out tuples chose this one from; the certificate then holds for any (default: 1)",
+    )
+    add(
+        "--rigorous",
+        action="store_true",
+        help="moment steps with machine-proven constants (needs python-flint: pip install 'cila-bound[rigorous]')",
     )
     add("--sigmas", type=_sigmas, default=3.0, help="standard errors of room before a bound is violated (default: 3)")
     add("--json", action="store_true", help="one JSON object per log instead of tables")

@@ -41,6 +41,7 @@ class Report:
         confidence: float | None = None,
         inequality: Inequality = "auto",
         selections: int = 1,
+        rigorous: bool = False,
         sigmas: float = 3.0,
     ) -> Report:
         """Evaluates ``steps`` (default: all that the log holds records for) on ``chains``, as estimates or, with a
@@ -49,7 +50,7 @@ class Report:
         Raises ValueError if nothing can be evaluated or what was asked for cannot be certified, and LookupError if a
         step that was asked for lacks records.
         """
-        options: dict[str, Any] = {"data": data, "after_task": after_task}
+        options: dict[str, Any] = {"data": data, "after_task": after_task, "rigorous": rigorous}
         if confidence is not None:
             options |= {"confidence": confidence, "inequality": inequality, "selections": selections}
         if log.last_task == 0:

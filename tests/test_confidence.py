@@ -242,6 +242,21 @@ def test_no_number_of_tuples_makes_a_vacuous_bound_useful() -> None:
     assert tuples_needed(log, "linear") is None
 
 
+@pytest.mark.parametrize("options", [{}, {"confidence": 0.9}])
+@pytest.mark.parametrize(("step", "chain"), [("moment", "full"), ("moment", "refreshed"), ("best", "full")])
+def test_machine_proven_steps_give_the_same_certificate(step: StepName, chain: Any, options: dict[str, Any]) -> None:
+    """To the pads of the fast constants; and they are asked for, not only accepted."""
+    pytest.importorskip("flint")
+    log = simulate(3, 1, 0.5, drift=0.1, n=400)
+    fast = certify(log, step, chain=chain, **options)
+    proven = certify(log, step, chain=chain, rigorous=True, **options)
+    assert proven.per_task == pytest.approx(fast.per_task, rel=1e-9)
+    assert proven.lower_per_task == pytest.approx(fast.lower_per_task, rel=1e-9)
+    if step == "moment":
+        assert proven.per_task[0] != fast.per_task[0]
+        assert all(a <= b for a, b in zip(proven.per_task, fast.per_task, strict=True))
+
+
 def test_two_tuples_refute_nothing() -> None:
     """Standard errors of two tuples may be tiny by chance; Student's t knows."""
     log = simulate(2, 1, 0.5, n=4, n_effective=2)
@@ -275,3 +290,5 @@ def test_the_command_certifies(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["evaluate", str(path), "--confidence", "0.95", "--step", "theorem1"]) == 2
     assert "training losses" in capsys.readouterr().err
     assert main(["evaluate", str(path), "--confidence", "2"]) == 2
+    pytest.importorskip("flint")
+    assert main(["evaluate", str(path), "--step", "moment", "--rigorous"]) == 0
