@@ -22,6 +22,7 @@ from typing import Any
 from cila_bound.files import write_atomic
 from experiments.config import RunConfig, read_json
 from experiments.methods import MethodName
+from experiments.models import ModelName
 from experiments.sources import Prepared, prepare
 from experiments.sweep import sweep
 from experiments.train import run as train
@@ -127,19 +128,19 @@ def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any
 
 def _base(request: Request, prepared: Prepared, data: Path) -> RunConfig:
     """What all runs have in common."""
-    tabular = prepared.tabular
+    side = prepared.train.images.shape[-1]
+    model: ModelName = "mlp" if prepared.tabular else "strided" if side >= 16 else "small"
     return RunConfig(
         stream="custom",
         dataset=str(data.resolve()),
         scenario=prepared.scenario,
         n_tasks=prepared.n_tasks,
-        model="mlp" if tabular else "small",
-        augmentation="features" if tabular else "generic",
+        model=model,
+        augmentation="features" if prepared.tabular else "generic",
         buffer_size=request.buffer_size,
         epochs_first=1,
         epochs=1,
         learning_rate=0.05,
-        temperature=0.1,
         theory_temperatures=(request.temperature,),
         n_negatives=(1,),
         tuple_rounds=4,
