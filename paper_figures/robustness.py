@@ -25,37 +25,35 @@ _CERTIFIED = ("moment", "moment, refreshed", "pointwise, refreshed")
 
 
 def robustness(study: Study) -> Figure:
-    """A column for each option that was varied: the first method's loss and bounds, then accuracy and forgetting of all
-    methods.
-    """
-    sweeps = {option: found for option in AXES if (found := _sweeps(study, option))}
+    """A column for each option that was varied: one method's loss and bounds, then accuracy and forgetting of all."""
+    varied = {option: _sweeps(study, option) for option in AXES}
+    bounded = max(METHODS, key=lambda name: sum(name in found for found in varied.values()))
+    sweeps = {option: found for option, found in varied.items() if bounded in found}
     if len(sweeps) < 2:
         raise NoDataError(f"no two of {', '.join(AXES)} were varied")
-    bounded = next(name for name in METHODS if any(name in found for found in sweeps.values()))
     drawing, grid = panels(4 * len(sweeps), 3.1, 2.5, sharey="row", columns=len(sweeps))
     shown = study.only([v for found in sweeps.values() for places in found.values() for v in places.values()])
     geometry = study.any_run.losses.log.geometry
     for column, (option, found) in enumerate(sweeps.items()):
         estimated, certified, accuracy, forgetting = grid[column :: len(sweeps)]
         values = sorted({value for places in found.values() for value in places})
-        if bounded in found:
-            runs = {values.index(value): study.variants[variant] for value, variant in found[bounded].items()}
-            for label in _ESTIMATED:
-                if all(label in run.losses.bounds() for group in runs.values() for run in group):
-                    _line(estimated, runs, lambda run, label=label: _mean(run, run.losses.total(label)), label)  # type: ignore[misc]
-            for label in _CERTIFIED:
-                if all(label in run.losses.bounds() for group in runs.values() for run in group):
-                    _line(certified, runs, lambda run, label=label: run.losses.certified(label, CONFIDENCE).mean, label)  # type: ignore[misc]
-            for axes in (estimated, certified):
-                _line(axes, runs, lambda run: _mean(run, run.losses.measured_total), "measured on test tuples")
-                for value, name, style in (
-                    (geometry.floor, "floor", ":"),
-                    (geometry.chance, "chance", "--"),
-                    (geometry.ceiling, "ceiling", "-"),
-                ):
-                    axes.axhline(value, color="#D55E00", linestyle=style, linewidth=1, label=name)
-                axes.set_yscale("log")
-                axes.set_ylim(0.7 * geometry.floor, 3.0 * geometry.ceiling)
+        runs = {values.index(value): study.variants[variant] for value, variant in found[bounded].items()}
+        for label in _ESTIMATED:
+            if all(label in run.losses.bounds() for group in runs.values() for run in group):
+                _line(estimated, runs, lambda run, label=label: _mean(run, run.losses.total(label)), label)  # type: ignore[misc]
+        for label in _CERTIFIED:
+            if all(label in run.losses.bounds() for group in runs.values() for run in group):
+                _line(certified, runs, lambda run, label=label: run.losses.certified(label, CONFIDENCE).mean, label)  # type: ignore[misc]
+        for axes in (estimated, certified):
+            _line(axes, runs, lambda run: _mean(run, run.losses.measured_total), "measured on test tuples")
+            for value, name, style in (
+                (geometry.floor, "floor", ":"),
+                (geometry.chance, "chance", "--"),
+                (geometry.ceiling, "ceiling", "-"),
+            ):
+                axes.axhline(value, color="#D55E00", linestyle=style, linewidth=1, label=name)
+            axes.set_yscale("log")
+            axes.set_ylim(0.7 * geometry.floor, 3.0 * geometry.ceiling)
         for axes, score in ((accuracy, "average_accuracy"), (forgetting, "forgetting")):
             for name, places in found.items():
                 runs = {values.index(value): study.variants[variant] for value, variant in places.items()}
