@@ -157,6 +157,8 @@ def certify(
         raise ValueError(f"after_task must be in 1..{len(log.header.tasks)} and logged, got {last}")
     if confidence is not None:
         _check_confidence(confidence, selections, step, data, standard_errors, rounding)
+    elif selections != 1:
+        raise ValueError(f"selections = {selections} needs a confidence, such as 0.95: a plug-in has no level to share")
 
     if step == "theorem1":
         return _of_theorem1(log, last, chain)

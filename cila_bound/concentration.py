@@ -126,7 +126,10 @@ def betting(values: ArrayLike, *, delta: float, low: float, high: float, block: 
 
 def effective_size(samples: int, n_negatives: int) -> int:
     """floor(samples / (K + 2)): what the mean over all tuples of shared samples is worth in independent tuples of
-    anchor, positive and K negatives (Hoeffding 1963, section 5). Raises ValueError if it is 0.
+    anchor, positive and K negatives (Hoeffding 1963, section 5), if any K + 2 samples form a tuple.
+
+    Where classes say which samples do, it is fewer: the disjoint legal tuples of one round, which a rare class limits
+    (with m of its samples m // 2 as anchors, or m as negatives). Raises ValueError if it is 0.
     """
     size = samples // (n_negatives + 2)
     if size < 1:
@@ -204,6 +207,6 @@ def _check_level(delta: float, low: float, high: float) -> None:
 
 def _in_range(lower: np.ndarray, upper: np.ndarray, low: float, high: float) -> ConfidenceBounds:
     """From shares of the range to values in it; 0-d arrays to floats."""
-    ends = low + (high - low) * lower, low + (high - low) * upper
-    clipped = (np.clip(end, low, high) for end in ends)
+    ends = [np.where(end < 1.0, np.clip(low + (high - low) * end, low, high), high) for end in (lower, upper)]
+    clipped = (np.where(share > 0.0, end, low) for share, end in zip((lower, upper), ends, strict=True))
     return ConfidenceBounds(*(float(end) if np.ndim(end) == 0 else end for end in clipped))

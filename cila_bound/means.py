@@ -66,6 +66,11 @@ class Mean:
         return self.reading.end(self, "upper")
 
     @property
+    def within(self) -> float:
+        """The sample mean, without the rounding that may take it out of the range."""
+        return min(max(self.statistic.mean, self.low), self.high)
+
+    @property
     def rounds(self) -> np.ndarray | None:
         """(rounds, n_effective): the logged values of the single tuples, if they are there and come in whole rounds."""
         n, size = self.record.n, self.record.n_effective
@@ -148,7 +153,7 @@ class Hypothetical:
     n: int
 
     def end(self, mean: Mean, side: Side) -> float:
-        bounds = chernoff(mean.statistic.mean, self.n, delta=self.delta, low=mean.low, high=mean.high)
+        bounds = chernoff(mean.within, self.n, delta=self.delta, low=mean.low, high=mean.high)
         return float(bounds.lower if side == "lower" else bounds.upper)
 
 
@@ -175,11 +180,11 @@ def _student(standard_errors: float, degrees: int) -> float:
 
 
 def _from_hoeffding(mean: Mean, delta: float) -> ConfidenceBounds:
-    return hoeffding(mean.statistic.mean, mean.record.n_effective, delta=delta, low=mean.low, high=mean.high)
+    return hoeffding(mean.within, mean.record.n_effective, delta=delta, low=mean.low, high=mean.high)
 
 
 def _from_chernoff(mean: Mean, delta: float) -> ConfidenceBounds:
-    return chernoff(mean.statistic.mean, mean.record.n_effective, delta=delta, low=mean.low, high=mean.high)
+    return chernoff(mean.within, mean.record.n_effective, delta=delta, low=mean.low, high=mean.high)
 
 
 def _from_empirical_bernstein(mean: Mean, delta: float) -> ConfidenceBounds:
@@ -192,7 +197,7 @@ def _from_empirical_bernstein(mean: Mean, delta: float) -> ConfidenceBounds:
     if record.n < 2:
         raise ValueError(f"empirical-bernstein needs 2 tuples, task {record.task} has {record.n}: use chernoff")
     statistic = mean.statistic
-    return empirical_bernstein(statistic.mean, statistic.variance, record.n, delta=delta, low=mean.low, high=mean.high)
+    return empirical_bernstein(mean.within, statistic.variance, record.n, delta=delta, low=mean.low, high=mean.high)
 
 
 def _from_betting(mean: Mean, delta: float) -> ConfidenceBounds:
@@ -202,8 +207,9 @@ def _from_betting(mean: Mean, delta: float) -> ConfidenceBounds:
             f"betting needs the {mean.name} of every tuple after task {record.after_task} on task {record.task}, in "
             f"rounds of n_effective tuples each: log tuples (log_tuples all), or use chernoff"
         )
-    block = 1 if record.tuples is None else record.tuples.block
-    return betting(rounds, delta=delta, low=mean.low, high=mean.high, block=min(block, rounds.shape[1]))
+    block = record.tuples.block if record.tuples is not None else None
+    size = rounds.shape[1]
+    return betting(rounds, delta=delta, low=mean.low, high=mean.high, block=min(block or size, size))
 
 
 _BOUNDS: dict[str, Callable[[Mean, float], ConfidenceBounds]] = {

@@ -87,8 +87,8 @@ class TupleValues:
 
     The pointwise step needs ``teacher_contrastive`` and ``drift``; confidence bounds by betting need the statistic that
     they are about. If n is a multiple of n_effective, the values are rounds of n_effective independent tuples each.
-    ``block``: so many consecutive tuples of a round have the task's mean on average, such as one anchor of each class
-    in turn; 1 if each tuple has.
+    ``block``: so many consecutive tuples of a round have the task's mean on average, whatever came before, such as one
+    anchor of each class in turn; 1 if each tuple has, None (the round as a whole) if it is not known.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset(
@@ -98,7 +98,7 @@ class TupleValues:
     drift: tuple[float, ...] | None = None
     contrastive: tuple[float, ...] | None = None
     distillation: tuple[float, ...] | None = None
-    block: int = 1
+    block: int | None = None
 
     def column(self, statistic: str) -> tuple[float, ...] | None:
         """The values of one statistic of the measurement, None if they are not logged; those of a miss probability
@@ -181,7 +181,7 @@ class Measurement:
             self._check_tuples(self.tuples, ranges)
 
     def _check_tuples(self, tuples: TupleValues, ranges: Mapping[str, tuple[float, float]]) -> None:
-        if tuples.block < 1:
+        if tuples.block is not None and tuples.block < 1:
             raise ValueError(f"tuples.block must be at least 1, got {tuples.block}")
         for name in ("contrastive", "teacher_contrastive", "distillation", "drift"):
             values, statistic = getattr(tuples, name), getattr(self, name)

@@ -53,10 +53,10 @@ def append(directory: Path, event: str, task: int, facts: dict[str, Any]) -> Non
         **facts,
         "previous": last.sha256 if last else "",
     }
-    line = json.dumps(content | {"sha256": _sha256(content)}, allow_nan=False) + "\n"
+    line = _line(content)
     with path.open("ab") as file:
         file.truncate(sum(len(raw) for raw in _whole_lines(path)))  # a line torn by a crash
-        file.write(line.encode())
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 
@@ -74,9 +74,10 @@ def read(directory: Path) -> list[Entry]:
             content = json.loads(raw)
             own = content.pop("sha256")
             event, task, previous = str(content["event"]), int(content["task"]), content["previous"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            intact = raw == _line(content) and own == _sha256(content)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise AuditError(f"{where} is no entry ({error!r}): it was altered; restore the file") from None
-        if own != _sha256(content) or content.get("entry") != number:
+        if not intact or content.get("entry") != number:
             raise AuditError(f"{where} was altered: it is not what its hash says; restore the file")
         if previous != (entries[-1].sha256 if entries else ""):
             raise AuditError(
@@ -102,6 +103,11 @@ def verify(directory: Path, *, head: str = "") -> list[Entry]:
         raise AuditError(
             f"{directory / FILE}: no entry has the hash {head}: the file was cut or rewritten since that was noted"
         )
+    tasks = [entry.task for entry in standing(entries)]
+    if tasks != list(range(1, len(tasks) + 1)):
+        raise AuditError(f"{directory / FILE} speaks of tasks {tasks} only, not of all since the first: restore it")
+    if entries[-1].event != "rollback":  # interrupted, it has left metrics.json
+        _check_end(directory, len(tasks))
     for entry in standing(entries):
         for kept in _kept_files(entry):
             check_file(directory, entry, kept)
@@ -138,6 +144,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _check_end(directory: Path, tasks: int) -> None:
+    """Of a finished run: that no line was taken off the end."""
+    metrics = directory / "metrics.json"
+    if metrics.exists() and tasks != (n_tasks := len(json.loads(metrics.read_bytes())["tasks"])):
+        raise AuditError(
+            f"{directory / FILE} ends with task {tasks}, but the run is finished and has {n_tasks} tasks: lines were "
+            "taken off its end, restore it"
+        )
+
+
 def _kept_files(entry: Entry) -> Iterator[dict[str, Any]]:
     checkpoint = entry.content.get("checkpoint")
     if checkpoint:
@@ -159,6 +175,10 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
     if path.exists():
         with path.open("rb") as file:
             yield from (raw for raw in file if raw.endswith(b"\n"))
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content | {"sha256": _sha256(content)}, allow_nan=False) + "\n").encode()
 
 
 def _sha256(content: dict[str, Any]) -> str:

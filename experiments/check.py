@@ -9,6 +9,7 @@ was stopped.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cila_bound.files import write_atomic
+from experiments.audit import file_sha256
 from experiments.config import RunConfig, read_json
 from experiments.methods import MethodName
 from experiments.models import ModelName
@@ -34,6 +36,7 @@ STAGES: dict[MethodName, str] = {
     "cila-max": "+ an adaptive weight of the distillation",
 }
 _FEWEST, _MOST = 5, 50  # epochs on a later task; twice as many on the first
+_MINUTES = 7 * 24 * 60
 _ENOUGH = 10  # epochs that are worth more than another seed
 
 
@@ -68,6 +71,10 @@ def check(request: Request, folder: Path) -> int:
     if planned.exists():
         decided = read_json(planned)
         _check_same(decided["request"], request, folder)
+        if decided["fingerprint"] != _fingerprint(Path(request.data)):
+            raise ValueError(
+                f"{request.data} has changed since {folder} was begun: choose another --out, or remove that folder"
+            )
     else:
         prepared = prepare(
             Path(request.data),
@@ -78,8 +85,12 @@ def check(request: Request, folder: Path) -> int:
             images=request.images or None,
         )
         _check_defect(request, prepared)
+        data = folder / f"{folder.name}.npz"
+        if data.resolve() == Path(request.data).resolve():
+            raise ValueError(f"the prepared data would be written over {request.data}: choose another --out")
+        _base(request, prepared, data)  # refuses what cannot be used before anything is written
         folder.mkdir(parents=True, exist_ok=True)
-        prepared.save(folder / f"{folder.name}.npz")
+        prepared.save(data)
         decided = _decide(request, prepared, folder)
         write_atomic(planned, (json.dumps(decided, indent=2) + "\n").encode())
     for remark in decided["remarks"]:
@@ -91,7 +102,7 @@ def check(request: Request, folder: Path) -> int:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     if failures:
         return 1
-    report = [sys.executable, "-m", "paper_figures.report", str(folder)]
+    report = [sys.executable, "-m", "paper_figures.report", str(folder.resolve())]
     return subprocess.run(report, cwd=Path(__file__).parents[1], check=False).returncode
 
 
@@ -113,6 +124,7 @@ def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any
         "request": dataclasses.asdict(request),
         "name": folder.name,
         "source": request.data,
+        "fingerprint": _fingerprint(Path(request.data)),
         "remarks": list(prepared.remarks),
         "classes": list(prepared.class_names),
         "counts": _counts(prepared),
@@ -203,8 +215,10 @@ def _in_words(plan: dict[str, Any]) -> str:
 
 
 def _check_request(request: Request) -> None:
-    if not (math.isfinite(request.minutes) and request.minutes > 0):
-        raise ValueError(f"minutes must be finite and > 0, got {request.minutes}")
+    if not 0 < request.minutes <= _MINUTES:
+        raise ValueError(f"minutes must be > 0 and at most {_MINUTES:,}, a week, got {request.minutes}")
+    if request.jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {request.jobs}")
     costs = {"miss_cost": request.miss_cost, "alarm_cost": request.alarm_cost}
     for name, cost in costs.items():
         if cost is not None and not (math.isfinite(cost) and cost >= 0):
@@ -220,9 +234,18 @@ def _check_defect(request: Request, prepared: Prepared) -> None:
         raise ValueError(f"defect must be one of the classes {names}, got {request.defect!r}")
 
 
+def _fingerprint(data: Path) -> str:
+    """SHA-256 of a file; of a folder, of the names, sizes and times of its files."""
+    if data.is_file():
+        return file_sha256(data)
+    files = [(str(path.relative_to(data)), path.stat()) for path in sorted(data.rglob("*")) if path.is_file()]
+    listing = json.dumps([(name, found.st_size, found.st_mtime_ns) for name, found in files])
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
 def _check_same(asked: dict[str, Any], request: Request, folder: Path) -> None:
     for name, value in dataclasses.asdict(request).items():
-        if asked.get(name) != value:
+        if name != "jobs" and asked.get(name) != value:
             raise ValueError(
                 f"{folder} holds a check with {name} = {asked.get(name)!r}, not {value!r}: choose another --out, or "
                 "remove it"

@@ -10,11 +10,14 @@ from torch.nn import functional
 
 from experiments.config import RunConfig
 from experiments.datasets import load
+from experiments.leaks import digests
 from experiments.streams import TaskStream
 
 
 def pretrain_images(config: RunConfig, stream: TaskStream, data_root: Path) -> np.ndarray:
-    """Set aside, or those of another dataset, resized; none without pre-training."""
+    """Set aside, or those of another dataset, resized, without those that the stream holds out; none without
+    pre-training.
+    """
     channels, height, width = stream.shape
     if not config.pretrain_epochs:
         return np.empty((0, *stream.shape), np.uint8)
@@ -30,4 +33,11 @@ def pretrain_images(config: RunConfig, stream: TaskStream, data_root: Path) -> n
         functional.interpolate(batch.float(), (height, width), mode="bilinear", antialias=True).round().byte()
         for batch in torch.from_numpy(images).split(1024)
     ]
-    return torch.cat(resized).numpy()
+    found = torch.cat(resized).numpy()
+    kept = np.array([digest not in stream.held for digest in digests(found)], bool)
+    if not kept.any():
+        raise ValueError(
+            f"all {len(found)} images of pretrain_dataset {config.pretrain_dataset} are held-out or test images of the "
+            "stream: choose another dataset, or set images aside with pretrain_fraction"
+        )
+    return found[kept]

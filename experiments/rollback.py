@@ -47,11 +47,13 @@ def rollback(directory: Path, to_task: int) -> RunConfig:
                     f"{directory} kept no checkpoint of task {to_task}: it was run with keep_checkpoints false"
                 )
             content = (directory / kept["file"]).read_bytes()
+            headers = [read_log(directory / name).header for name in log_names(config)]
+            if len(headers) != len(found.content["logs"]):
+                raise ValueError(f"{directory / 'config.json'} was altered: {directory} has other logs; restore it")
             audit.append(directory, "rollback", to_task, {"to_entry": found.number})
             (directory / "metrics.json").unlink(missing_ok=True)
             write_atomic(directory / "checkpoint.pt", content)
-            for name, log in zip(log_names(config), found.content["logs"], strict=True):
-                header = read_log(directory / name).header
+            for name, header, log in zip(log_names(config), headers, found.content["logs"], strict=True):
                 with LossLogWriter(directory / name, header, resume=True, keep=log["lines"] - 1):
                     pass  # cut off there
     except Timeout:

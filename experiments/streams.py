@@ -13,7 +13,7 @@ from scipy.ndimage import rotate
 
 from experiments.config import RunConfig
 from experiments.datasets import Dataset, ImageData, load, quantised, statistics
-from experiments.leaks import seen_before
+from experiments.leaks import digests, seen_before
 from experiments.seeds import numpy_rng
 from experiments.stress import imbalanced, noisy_labels
 
@@ -38,11 +38,15 @@ class Task:
         return self.splits["train"]
 
 
+_HELD: tuple[SplitName, ...] = ("heldout", "test")
+
+
 @dataclass(frozen=True)
 class TaskStream:
     """Tasks in the order they arrive. ``kind`` says how accuracy is to be read; ``mean`` and ``std`` are those of the
     channels of pixels / 255; ``pretrain`` are images set aside for pre-training. ``leaked`` images were taken out of
     held-out or test split because they are training images too, or out of the test split because they are held out.
+    ``held``: digests of held-out and test images before any rotation, if another dataset is pre-trained on.
     """
 
     kind: Literal["class-incremental", "domain-incremental"]
@@ -52,6 +56,7 @@ class TaskStream:
     std: tuple[float, ...]
     pretrain: Dataset | None = None
     leaked: int = 0
+    held: frozenset[bytes] = frozenset()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -174,6 +179,9 @@ def build_stream(config: RunConfig, data_root: Path) -> TaskStream:
     if mean is None or std is None:
         mean, std = statistics(splits["train"].images, data.name)
     splits, columns, aside = _set_aside(config, splits, columns, numpy_rng(config.seed, "pretraining"))
+    held: frozenset[bytes] = frozenset()
+    if config.pretrain_dataset:
+        held = frozenset(digest for name in _HELD for digest in digests(splits[name].images))
     kind: Literal["class-incremental", "domain-incremental"] = "class-incremental"
     if config.scenario == "class-incremental":
         order: list[int] = np.unique(splits["train"].labels).tolist()
@@ -191,7 +199,7 @@ def build_stream(config: RunConfig, data_root: Path) -> TaskStream:
         if len({task.classes for task in tasks}) == 1:
             kind = "domain-incremental"
     tasks = tuple(_stressed(config, task, number) for number, task in enumerate(tasks, start=1))
-    return TaskStream(kind, tasks, len(data.class_names), mean, std, aside, leaked)
+    return TaskStream(kind, tasks, len(data.class_names), mean, std, aside, leaked, held)
 
 
 def _split(

@@ -32,7 +32,7 @@ from experiments.record import Recorder, draw_fixed
 from experiments.scores import measure
 from experiments.seeds import derive, numpy_rng
 from experiments.snapshot import Snapshot
-from experiments.streams import build_stream
+from experiments.streams import TaskStream, build_stream
 from experiments.trainer import Rows, TaskTrainer, epochs_of
 from experiments.versions import changes, made_with, versions
 from experiments.world import ALONE, World, joined
@@ -75,6 +75,7 @@ class _Run:
         self.device, self.versions = _device(config.device), versions()
         self.stream = build_stream(config, data_root)
         self.n_tasks = len(self.stream.tasks)
+        _check_ranks(config, self.stream, world.size)
         self.pretrain_images = pretrain_images(config, self.stream, data_root)
         fixed = {k: draw_fixed(config, self.stream, k) for k in config.n_negatives}
         self.recorders = [
@@ -323,3 +324,12 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch sees no GPU: choose cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _check_ranks(config: RunConfig, stream: TaskStream, ranks: int) -> None:
+    fewest = min(config.batch_size, *(len(task.splits["train"].labels) for task in stream.tasks))
+    if fewest < ranks:
+        raise ValueError(
+            f"{ranks} ranks need a training image each, but batch_size is {config.batch_size} and the smallest task "
+            f"has {min(len(task.splits['train'].labels) for task in stream.tasks)}: start fewer ranks"
+        )

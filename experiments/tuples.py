@@ -20,7 +20,7 @@ from cila_bound import Geometry, Statistic, TupleValues
 @dataclass(frozen=True)
 class Tuples:
     """``index`` (n, 2 + K) into a split: anchor, positive, negatives; ``n_effective``: disjoint tuples in one round;
-    ``block``: so many consecutive ones have an anchor of each class.
+    ``block``: so many consecutive ones have the same mean on average: a turn of anchor classes, or a whole round.
     """
 
     index: np.ndarray
@@ -47,9 +47,11 @@ def draw_tuples(
             f"{len(labels)} samples of {len(np.unique(labels))} classes form no tuple of a positive pair and "
             f"{n_negatives} negatives of other classes: give more samples or lower n_negatives"
         )
-    n_anchor_classes = int(np.sum(np.unique(labels, return_counts=True)[1] > 1))
-    block = min(n_anchor_classes, size)
+    counts = np.unique(labels, return_counts=True)[1]
+    block = min(int(np.sum(counts > 1)), size)
     size -= size % block
+    if len(counts) > 2 and len(set(counts.tolist())) > 1:
+        block = size  # negatives' classes are drawn by the images left, whose shares change within a round
     return Tuples(np.array([row for part in drawn for row in part[:size]], dtype=np.int64), size, block)
 
 

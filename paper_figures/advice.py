@@ -12,9 +12,9 @@ def headline(found: dict[str, Any]) -> list[str]:
     """Two to four sentences: the result, what forgetting costs, what is guaranteed."""
     last, first = found["stages"][-1], found["stages"][0]
     lines = [
-        f"After the last task {last['variant']} classifies {_percent(last['accuracy'])} of all tasks' test images "
-        f"correctly, {first['variant']} ({first['adds']}) {_percent(first['accuracy'])}; it has lost "
-        f"{_points(last['forgetting'])} since each task was new, {first['variant']} {_points(first['forgetting'])}."
+        f"After the last task {last['variant']} classifies {_percent(last['accuracy'])} of all tasks' held-out and "
+        f"test images correctly, {first['variant']} ({first['adds']}) {_percent(first['accuracy'])}; it has lost "
+        f"{_points(last['forgetting'])} since its best on each task, {first['variant']} {_points(first['forgetting'])}."
     ]
     kpi = found["kpi"]
     if kpi is not None:
@@ -61,26 +61,29 @@ def _failures(found: dict[str, Any]) -> list[str]:
 
 
 def _sample(found: dict[str, Any]) -> list[str]:
-    """How many held-out images a certificate would take."""
+    """How many held-out tuples the moment bound's last step would take, by Chernoff's bound."""
     texts = []
     fewest, per_tuple = min(found["n_tuples"]), found["geometry"]["n_negatives"] + 2
     bounds = {bound["name"]: bound for bound in found["bounds"]}
     moment = bounds["moment, last step"]
-    for word, meaning in (("ceiling", "a certificate that says anything"), ("chance", "one below chance")):
+    for word, meaning in (("ceiling", "below its ceiling"), ("chance", "below chance")):
         reached = moment["below_ceiling"] if word == "ceiling" else moment["below_chance"]
         if reached == len(found["tasks"]):
             continue
         needed = moment["needed"][word]
         if needed is None:
             texts.append(
-                f"For {meaning} on every task no number of held-out images would do while losses and drift stay what "
-                "they are: train longer, or let the model drift less (more distillation, more rehearsal)."
+                f"No number of held-out images would take the last moment step {meaning} on every task while losses "
+                "and drift stay what they are: train longer, or let the model drift less (more distillation, more "
+                "rehearsal)."
             )
             break
-        texts.append(
-            f"For {meaning} on every task, hold out more: about {needed:,} independent tuples a task "
-            f"({per_tuple * needed:,} images), where the smallest task has {fewest:,} tuples now."
-        )
+        if needed > fewest:
+            texts.append(
+                f"To certify the last moment step {meaning} on every task, hold out more: about {needed:,} independent "
+                f"tuples a task, where the smallest task has {fewest:,} now ({per_tuple * needed:,} held-out images if "
+                "classes are balanced, more if one is rare)."
+            )
     return texts
 
 

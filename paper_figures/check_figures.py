@@ -46,7 +46,7 @@ def certified(found: dict[str, Any]) -> Figure:
         f"Upper bounds on the contrastive loss of {found['bounds_of']} after the last task",
         f"{found['name']}; temperature {geometry['temperature']:g}, K = {geometry['n_negatives']}; mean ± std "
         f"over n = {stage['n']} seeds; filled: at confidence {found['confidence']:g}, for any of "
-        f"{found['selections']} models, by each bound for itself; open: logged means taken for the truth",
+        f"{found['selections']} models and all bounds at once; open: logged means taken for the truth",
     )
     return drawing
 

@@ -158,6 +158,6 @@ class Population:
             own = {name: value[drawn[i]] for name, value in values.items()}
             statistics = {name: Statistic.of(value) for name, value in own.items()}
             columns = ("contrastive", "teacher_contrastive", "distillation", "drift")
-            per_tuple = TupleValues(**{name: tuple(own[name].tolist()) for name in columns if name in own})
+            per_tuple = TupleValues(**{name: tuple(own[name].tolist()) for name in columns if name in own}, block=1)
             log.add(Measurement(t, i, "heldout", n, n, **statistics, tuples=per_tuple if tuples else None))  # type: ignore[arg-type]
         return log

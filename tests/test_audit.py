@@ -110,6 +110,9 @@ def test_a_cut_file_passes_but_for_a_hash_noted_earlier(run: Path) -> None:
     head = audit.read(run)[-1].sha256
     assert len(audit.verify(run, head=head[:12])) == 5
     (run / audit.FILE).write_text("".join(lines(run)[:3]))
+    with pytest.raises(audit.AuditError, match="ends with task 3, but the run is finished and has 5 tasks"):
+        audit.verify(run)
+    (run / "metrics.json").unlink()  # of an unfinished run only a hash can tell
     assert len(audit.verify(run)) == 3
     with pytest.raises(audit.AuditError, match="was cut or rewritten since that was noted"):
         audit.verify(run, head=head)
@@ -223,12 +226,10 @@ def test_a_crash_while_going_back_leaves_a_run_that_goes_on_from_there(
         elif after == "metrics":
             patch.setattr("experiments.rollback.write_atomic", crash)
         else:
-            patch.setattr("experiments.rollback.read_log", crash)
+            patch.setattr("experiments.rollback.LossLogWriter", crash)
         with pytest.raises(StopIteration):
             rollback(run, 2)
-    if after == "audit":
-        assert train.run(CONFIG, run, show_progress=False)  # finished still
-        rollback(run, 2)
+    assert [e.task for e in audit.standing(audit.verify(run))] == [1, 2]
     train.run(CONFIG, run, show_progress=False)
     assert (run / "losses.jsonl").read_bytes() == (finished / "losses.jsonl").read_bytes()
     assert [e.task for e in audit.standing(audit.verify(run))] == [1, 2, 3, 4, 5]
@@ -325,12 +326,47 @@ def test_the_decision_is_the_rise_of_the_certified_mean(bound: Any, finished: Pa
     decision = gate.weigh(config, trial, update, 3)
     assert decision is not None
     options = {"chain": "refreshed", "confidence": 0.95}
-    before = certify(log, bound, after_task=2, selections=2, **options).per_task
-    after = certify(log, bound, after_task=3, selections=4, **options).per_task[:2]
-    assert (decision.before, decision.after) == pytest.approx((sum(before) / 2, sum(after) / 2))
+    after = certify(log, bound, after_task=3, selections=4, **options)
+    options["confidence"] = 1 - 0.05 * len(certify(log, bound, after_task=2, **options).statements) / len(
+        after.statements
+    )
+    before = certify(log, bound, after_task=2, selections=4, **options)
+    assert before.delta == pytest.approx(after.delta)
+    assert (decision.before, decision.after) == pytest.approx((sum(before.per_task) / 2, sum(after.per_task[:2]) / 2))
     assert decision.accepted == (decision.after - decision.before <= 0.1)
     assert len(trial.records) == len([r for r in log.records if r.after_task <= 2])
     assert gate.weigh(dataclasses.replace(config, max_bound_increase=None), trial, update, 3) is None
+
+
+def test_an_update_that_changes_nothing_is_accepted(finished: Path) -> None:
+    log = read_log(finished / "losses.jsonl")
+    trial = type(log)(log.header)
+    for record in log.records:
+        if record.after_task <= 3:
+            trial.add(record)
+    same = [dataclasses.replace(log.measurement(3, task, "heldout"), after_task=4) for task in (1, 2, 3)] + [
+        dataclasses.replace(log.measurement(4, 4, "heldout"))
+    ]
+    decision = gate.weigh(dataclasses.replace(CONFIG, max_bound_increase=0.0), trial, same, 4)
+    assert decision is not None and decision.accepted and decision.after == pytest.approx(decision.before, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('{"entry": 2,', '{"gate": {"accepted": true}, "entry": 2,'),
+        ('"task": 2,', '"task": Infinity,'),
+        ('{"entry": 2,', "[" * 100_000 + '{"entry": 2,'),
+        ("}\n", "}\r\n"),
+    ],
+)
+def test_what_json_reads_the_same_is_altered_all_the_same(old: str, new: str, run: Path) -> None:
+    found = lines(run)
+    assert old in found[1]
+    found[1] = found[1].replace(old, new)
+    (run / audit.FILE).write_bytes("".join(found).encode())
+    with pytest.raises(audit.AuditError, match="line 2"):
+        audit.verify(run)
 
 
 def test_an_acceptance_that_means_nothing_says_so() -> None:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,43 @@ def test_other_options_need_another_folder(
     assert "holds a check with confidence = 0.95, not 0.9: choose another --out" in capsys.readouterr().err
 
 
+def test_data_that_have_changed_need_another_folder(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(done, tmp_path / "copy"))
+    planned = root / "checks/cells/check.json"
+    planned.write_text(planned.read_text().replace(str(done), str(root)))
+    digits(root / "cells.npz", n=41)
+    assert command(monkeypatch, *options(root)) == 2
+    assert "cells.npz has changed since" in capsys.readouterr().err
+
+
+def test_a_folder_is_told_from_another_by_its_files(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/one.png").write_bytes(b"1")
+    before = check._fingerprint(tmp_path)
+    assert check._fingerprint(tmp_path) == before
+    (tmp_path / "a/two.png").write_bytes(b"2")
+    assert check._fingerprint(tmp_path) != before
+
+
+def test_paths_may_be_relative(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(done)
+    (done / "checks/cells/report.html").unlink()
+    assert command(monkeypatch, *options(done), "--out", "checks") == 0
+    assert (done / "checks/cells/report.html").exists()
+
+
+def test_the_users_data_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "train", None)
+    (tmp_path / "cells").mkdir()
+    data = digits(tmp_path / "cells/cells.npz")
+    before = data.read_bytes()
+    with pytest.raises(ValueError, match=r"would be written over .*cells\.npz: choose another --out"):
+        check.check(dataclasses.replace(REQUEST, data=str(data)), tmp_path / "cells")
+    assert data.read_bytes() == before
+
+
 REQUEST = Request(
     data="", label="kind", threshold=None, tasks="site", image_size=None, images="", minutes=1.0, jobs=1,
     confidence=0.95, temperature=0.5, buffer_size=200, defect="", miss_cost=None, alarm_cost=None,
@@ -92,8 +130,9 @@ REQUEST = Request(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"minutes": 0.0}, "minutes must be finite and > 0, got 0.0"),
-        ({"minutes": float("nan")}, "minutes must be finite"),
+        ({"minutes": 0.0}, "minutes must be > 0 and at most 10,080, a week, got 0.0"),
+        ({"minutes": float("nan")}, "minutes must be > 0"),
+        ({"jobs": 0}, "jobs must be at least 1, got 0"),
         ({"miss_cost": 3.0}, "defect, miss_cost and alarm_cost go together"),
         ({"defect": "two"}, "defect, miss_cost and alarm_cost go together"),
         ({"defect": "two", "miss_cost": -1.0, "alarm_cost": 1.0}, "miss_cost must be finite and >= 0, got -1.0"),

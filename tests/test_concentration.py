@@ -1,7 +1,6 @@
 """Confidence bounds: coverage by simulation, against independent formulas, and what makes each of them wrong."""
 
 import math
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -203,12 +202,10 @@ def test_arrays_are_answered_at_once() -> None:
     assert many.upper[2] == pytest.approx(betting(values[2], delta=0.05, low=0.0, high=1.0).upper, rel=1e-12)
 
 
-def test_a_hundred_thousand_values_are_quick() -> None:
-    """No time is asserted but that it ends; the times are in the benchmark."""
+def test_a_hundred_thousand_values_are_narrowed_down() -> None:
     x = np.random.default_rng(0).random(100_000)
-    start = time.perf_counter()
-    assert betting(x, delta=0.01, low=0.0, high=1.0).upper - x.mean() < 0.005
-    assert time.perf_counter() > start
+    bounds = betting(x, delta=0.01, low=0.0, high=1.0)
+    assert x.mean() - 0.005 < bounds.lower < x.mean() < bounds.upper < x.mean() + 0.005
 
 
 @pytest.mark.parametrize(

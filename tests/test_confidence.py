@@ -75,6 +75,39 @@ def test_a_single_task_is_certified_without_slack() -> None:
     assert wrong > 0.05 * n_logs
 
 
+def test_the_confidence_is_shared_among_the_means() -> None:
+    """Losses at two points so rare above that a sample without one misses: at the level of a single mean, not of one
+    among ten, certificates would fail far more often than they may.
+    """
+    log = simulate(5, 1, 0.5)
+    geometry, n, n_logs, delta = log.geometry, 4, 1000, 0.4
+    span = geometry.ceiling - geometry.floor
+    share = 1.0 - (delta / 10) ** (1 / n) + 1e-9
+    rng, wrong = np.random.default_rng(2), 0
+    for counts in rng.binomial(n, share, (n_logs, 5)):
+        drawn = LossLog(log.header)
+        for task, high in enumerate(counts / n, 1):
+            loss = Statistic(geometry.floor + high * span, span**2 * high * (1 - high) * n / (n - 1))
+            record = log.measurement(5, task, "heldout")
+            drawn._records[record.key] = dataclasses.replace(record, n=n, n_effective=n, contrastive=loss, tuples=None)
+        certificate = certify(drawn, "direct", chain="refreshed", confidence=1 - delta, inequality="chernoff")
+        assert len(certificate.statements) == 10
+        wrong += any(upper < geometry.floor + share * span for upper in certificate.per_task)
+    assert not_above(wrong, delta / 2, n_logs)
+    assert wrong > 0.35 * delta * n_logs
+
+
+@pytest.mark.parametrize("excess", [-1e-7, 1e-7])
+def test_a_mean_rounded_out_of_its_range_is_certified_as_the_end(excess: float) -> None:
+    log = simulate(1, 1, 0.5)
+    geometry, record = log.geometry, log.measurement(1, 1, "heldout")
+    end = geometry.floor if excess < 0 else geometry.ceiling
+    drawn = LossLog(log.header)
+    drawn.add(dataclasses.replace(record, contrastive=Statistic(end + excess, 0.0), tuples=None))
+    certificate = certify(drawn, "direct", chain="refreshed", confidence=0.95)
+    assert geometry.floor <= certificate.lower_per_task[0] <= end <= certificate.per_task[0] <= geometry.ceiling
+
+
 def moved(log: LossLog, at: tuple[Any, ...], statistic: str, by: float) -> LossLog:
     """The same log with one mean moved (and its values and variance left alone)."""
     changed = LossLog(log.header)

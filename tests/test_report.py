@@ -130,7 +130,7 @@ def test_bounds_are_certificates_for_any_of_the_models(folder: Path, found: dict
     ]  # fmt: skip
     assert rows["Theorem 1 form"]["certified"] is None
     for name, step, chain in (("moment chain", "moment", "full"), ("measured directly", "direct", "refreshed")):
-        certificates = [certify(log, step, chain=chain, confidence=0.95, selections=12) for log in logs]
+        certificates = [certify(log, step, chain=chain, confidence=0.95, selections=12 * 5) for log in logs]
         assert rows[name]["certified"]["mean"] == pytest.approx(np.mean([c.total / 3 for c in certificates]))
         assert rows[name]["estimate"]["mean"] == pytest.approx(
             np.mean([certify(log, step, chain=chain).total / 3 for log in logs])
@@ -138,9 +138,8 @@ def test_bounds_are_certificates_for_any_of_the_models(folder: Path, found: dict
         below = [sum(b < log.geometry.ceiling for b in c.per_task) for c, log in zip(certificates, logs, strict=True)]
         assert rows[name]["below_ceiling"] == min(below)
         assert rows[name]["inequalities"] == sorted({s.inequality for s in certificates[0].statements})
-    assert rows["moment, last step"]["needed"]["ceiling"] > found["n_tuples"][0] - 40
     assert found["selections"] == 12
-    assert any("among 12" in text for text in rows["moment chain"]["assumptions"])
+    assert any("among 60" in text for text in rows["moment chain"]["assumptions"])
 
 
 def test_the_page_is_whole_in_itself(folder: Path, found: dict[str, Any]) -> None:
@@ -262,10 +261,11 @@ def test_advice_follows_the_numbers(found: dict[str, Any]) -> None:
 
     needed = {"ceiling": 1234, "chance": None}
     texts = advice(change(bounds=with_moment(below_ceiling=1, below_chance=0, needed=needed)))
-    assert any("1,234 independent tuples a task (3,702 images)" in text for text in texts)
-    assert any("For one below chance on every task no number of held-out images would do" in text for text in texts)
+    assert any("1,234 independent tuples a task, " in text and "3,702 held-out images if" in text for text in texts)
+    never = "No number of held-out images would take the last moment step "
+    assert any(text.startswith(never + "below chance on every task") for text in texts)
     texts = advice(change(bounds=with_moment(below_ceiling=3, below_chance=3)))
-    assert not any("held-out images would do" in text or "hold out more" in text for text in texts)
+    assert not any(text.startswith(never) or "hold out more" in text for text in texts)
     assert any("were copies of training images" in text for text in advice(change(leaked=4)))
     plan = found["plan"] | {"too_short": True}
     assert any("Training was cut short (10 minutes allowed)" in text for text in advice(change(plan=plan)))

@@ -14,6 +14,7 @@ from experiments.buffer import Buffer
 from experiments.config import RunConfig
 from experiments.datasets import Dataset, ImageData, load
 from experiments.presets import preset
+from experiments.pretraining import pretrain_images
 from experiments.seeds import Purpose, derive, numpy_rng
 from experiments.streams import SplitName, TaskStream, build_stream, split_by_class
 from experiments.stress import imbalanced, noisy_labels
@@ -142,7 +143,7 @@ def test_too_few_samples_for_a_tuple_are_refused(labels: list[int]) -> None:
 def test_tuples_are_limited_and_single_samples_serve_as_negatives() -> None:
     labels = np.array([0] * 40 + [1] * 40 + [2])
     tuples = draw_tuples(labels, 1, 3, np.random.default_rng(0), limit=5)
-    assert (tuples.n_effective, len(tuples.index), tuples.block) == (4, 12, 2)
+    assert (tuples.n_effective, len(tuples.index), tuples.block) == (4, 12, 4)  # uneven classes
     assert set(labels[tuples.index[:, 0]].tolist()) == {0, 1}
     few = draw_tuples(np.array([0, 0, 1]), 1, 20, np.random.default_rng(0))
     assert few.n_effective == 1
@@ -352,6 +353,19 @@ def test_pretraining_images_count_as_training_images(tmp_path: Path) -> None:
     assert stream.pretrain is not None
     aside = {image.tobytes() for image in stream.pretrain.images}
     assert not aside & {*images_of(stream, "heldout"), *images_of(stream, "test")}
+
+
+def test_another_datasets_copies_of_held_out_images_are_not_pretrained_on(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    y = np.arange(40) % 2
+    np.savez(tmp_path / "same.npz", x=x, y=y)
+    change = {"pretrain_dataset": str(tmp_path / "same.npz"), "pretrain_epochs": 1}
+    stream = custom(tmp_path / "a.npz", change, x=x, y=y)
+    config = dataclasses.replace(TINY, **change)
+    held = {*images_of(stream, "heldout"), *images_of(stream, "test")}
+    pretrained = [image.tobytes() for image in pretrain_images(config, stream, DATA)]
+    assert sorted(pretrained) == sorted(image.tobytes() for image in x[:, None] if image.tobytes() not in held)
+    assert pretrained
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])

@@ -17,6 +17,7 @@ import torch
 from cila_bound import read_log
 from experiments import audit, train
 from experiments.config import RunConfig
+from experiments.streams import build_stream
 from experiments.trainer import _batches
 from experiments.world import World
 
@@ -101,10 +102,9 @@ def options(out: Path, **changes: Any) -> list[str]:
 def test_a_killed_rank_ends_the_run_which_goes_on_with_other_ranks(tmp_path: Path) -> None:
     process = torchrun(2, *options(tmp_path, epochs=25), start_new_session=True)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("task-1.pt")):
+    while not any(reached(path) >= (2, 1) for path in tmp_path.rglob("checkpoint.pt")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    time.sleep(0.5)
     victim = next(pid for pid in children(process.pid) if environment_of(pid).get("RANK") == "1")
     os.kill(victim, signal.SIGKILL)
     out, err = process.communicate(timeout=120)
@@ -114,13 +114,19 @@ def test_a_killed_rank_ends_the_run_which_goes_on_with_other_ranks(tmp_path: Pat
     (directory,) = tmp_path.glob("digits/*")
     log = read_log(directory / "losses.jsonl")
     assert log.last_task == 1
-    checkpoint = torch.load(directory / "checkpoint.pt", weights_only=True)
-    assert checkpoint["task"] == 2 and checkpoint["epoch"] >= 1
+    task, epoch = reached(directory / "checkpoint.pt")
+    assert task == 2 and epoch >= 1
     config = RunConfig(epochs_first=3, epochs=25, buffer_size=40, probe_epochs=2, tuple_rounds=2)
     metrics = train.run(config, directory, show_progress=False)
     assert [len(row) for row in metrics["accuracy"]["class_il"]["accuracy_matrix"]] == [1, 2, 3, 4, 5]
     assert len(metrics["objective"]) == 3 + 4 * 25
     assert [entry.task for entry in audit.verify(directory)] == [1, 2, 3, 4, 5]
+
+
+def reached(checkpoint: Path) -> tuple[int, int]:
+    """Task and finished epochs."""
+    state = torch.load(checkpoint, weights_only=True)
+    return state["task"], state["epoch"]
 
 
 def children(pid: int) -> list[int]:
@@ -139,6 +145,15 @@ def children(pid: int) -> list[int]:
 def environment_of(pid: int) -> dict[str, str]:
     content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
     return dict(pair.split("=", 1) for pair in content.split("\0") if "=" in pair)
+
+
+@pytest.mark.parametrize(("change", "fewest"), [({"batch_size": 3}, 3), ({"train_per_class": 1}, 2)])
+def test_more_ranks_than_images_of_a_batch_are_refused(change: dict[str, int], fewest: int) -> None:
+    config = RunConfig(**change)  # type: ignore[arg-type]
+    stream = build_stream(config, ROOT)
+    train._check_ranks(config, stream, fewest)
+    with pytest.raises(ValueError, match=f"{fewest + 1} ranks need a training image each.*: start fewer ranks"):
+        train._check_ranks(config, stream, fewest + 1)
 
 
 def test_an_error_of_one_rank_is_said_once(tmp_path: Path) -> None:
