@@ -147,10 +147,11 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in content.split("\0") if "=" in pair)
 
 
-@pytest.mark.parametrize(("change", "fewest"), [({"batch_size": 3}, 3), ({"train_per_class": 1}, 2)])
+@pytest.mark.parametrize(("change", "fewest"), [({"batch_size": 3}, 3), ({"train_per_class": 8}, 8)])
 def test_more_ranks_than_images_of_a_batch_are_refused(change: dict[str, int], fewest: int) -> None:
     config = RunConfig(**change)  # type: ignore[arg-type]
     stream = build_stream(config, ROOT)
+    assert fewest == min(config.batch_size, *(len(task.train.labels) for task in stream.tasks))
     train._check_ranks(config, stream, fewest)
     with pytest.raises(ValueError, match=f"{fewest + 1} ranks need a training image each.*: start fewer ranks"):
         train._check_ranks(config, stream, fewest + 1)
