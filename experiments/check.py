@@ -109,12 +109,13 @@ def check(request: Request, folder: Path) -> int:
 def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any]:
     """The content of ``check.json``."""
     base = _base(request, prepared, folder / f"{folder.name}.npz")
-    plan = _plan(base, request, prepared)
+    stages = stages_of(prepared.n_tasks)
+    plan = _plan(base, request, prepared, len(stages))
     runs = [
         dataclasses.replace(
             base, method=method, seed=seed, epochs_first=2 * plan["epochs"], epochs=plan["epochs"]
         ).as_json()
-        for method in STAGES
+        for method in stages
         for seed in range(plan["seeds"])
     ]
     costs = None
@@ -128,7 +129,7 @@ def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any
         "remarks": list(prepared.remarks),
         "classes": list(prepared.class_names),
         "counts": _counts(prepared),
-        "stages": [{"variant": method, "adds": adds} for method, adds in STAGES.items()],
+        "stages": [{"variant": method, "adds": adds} for method, adds in stages.items()],
         "confidence": request.confidence,
         "selections": len(runs),
         "defect": request.defect or None,
@@ -136,6 +137,15 @@ def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any
         "plan": plan,
         "runs": runs,
     }
+
+
+def stages_of(n_tasks: int) -> dict[MethodName, str]:
+    """CILA's weight is 1, that of Co2L, at the second task and adapts from the third on: with two tasks they are the
+    same method.
+    """
+    if n_tasks > 2:
+        return STAGES
+    return {method: STAGES[method] for method in ("finetune", "contrastive-only")} | {"cila-max": STAGES["co2l"]}
 
 
 def _base(request: Request, prepared: Prepared, data: Path) -> RunConfig:
@@ -162,7 +172,7 @@ def _base(request: Request, prepared: Prepared, data: Path) -> RunConfig:
     )
 
 
-def _plan(base: RunConfig, request: Request, prepared: Prepared) -> dict[str, Any]:
+def _plan(base: RunConfig, request: Request, prepared: Prepared, n_stages: int) -> dict[str, Any]:
     """Seeds and epochs that fit the minutes, from the time that one epoch of the dearest method takes here."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -171,7 +181,7 @@ def _plan(base: RunConfig, request: Request, prepared: Prepared) -> dict[str, An
     overhead = max(time.perf_counter() - start - training, 0.0)
     of_tasks = prepared.counts.sum(axis=1)
     per_epoch = training * (1 + of_tasks[0] / of_tasks.sum())  # twice as many epochs on the first task
-    left = max(60.0 * request.minutes - (time.perf_counter() - start), 0.0) * 0.9 * request.jobs / len(STAGES)
+    left = max(60.0 * request.minutes - (time.perf_counter() - start), 0.0) * 0.9 * request.jobs / n_stages
 
     def affordable(seeds: int) -> int:
         return math.floor((left / seeds - overhead) / per_epoch)
@@ -180,8 +190,9 @@ def _plan(base: RunConfig, request: Request, prepared: Prepared) -> dict[str, An
     epochs = min(max(affordable(seeds), _FEWEST), _MOST)
     if epochs == _MOST:
         seeds = next((n for n in (5, 4, 3, 2) if affordable(n) >= _MOST), seeds)
-    expected = (overhead + epochs * per_epoch) * seeds * len(STAGES) / request.jobs / 60.0
+    expected = (overhead + epochs * per_epoch) * seeds * n_stages / request.jobs / 60.0
     return {
+        "stages": n_stages,
         "minutes": request.minutes,
         "expected_minutes": round(expected, 1),
         "seeds": seeds,
@@ -208,7 +219,7 @@ def _counts(prepared: Prepared) -> dict[str, dict[str, int]]:
 def _in_words(plan: dict[str, Any]) -> str:
     seeds = f"{plan['seeds']} seed{'s' if plan['seeds'] > 1 else ''}"
     epochs = f"{plan['epochs_first']} epochs on the first task and {plan['epochs']} on later ones"
-    text = f"{len(STAGES)} methods x {seeds}, {epochs}, about {plan['expected_minutes']:g} minutes"
+    text = f"{plan['stages']} methods x {seeds}, {epochs}, about {plan['expected_minutes']:g} minutes"
     if plan["too_short"]:
         text += f": the least that makes sense, though {plan['minutes']:g} were allowed"
     return text

@@ -51,7 +51,8 @@ def options(root: Path, *more: str) -> list[str]:
 def test_everything_is_there(done: Path) -> None:
     folder = done / "checks/cells"
     report = json.loads((folder / "report.json").read_text())
-    assert [stage["variant"] for stage in report["stages"]] == list(check.STAGES)
+    assert [stage["variant"] for stage in report["stages"]] == ["finetune", "contrastive-only", "cila-max"]
+    assert report["stages"][-1]["adds"] == "+ distillation from the previous model"  # two tasks: CILA is Co2L
     assert report["tasks"] == ["south", "north"]
     assert report["counts"] == {site: dict.fromkeys(["one", "three", "two", "zero"], 40) for site in ("south", "north")}
     assert report["plan"]["too_short"] and report["plan"]["seeds"] == 1 and report["plan"]["epochs"] == 5
@@ -59,7 +60,7 @@ def test_everything_is_there(done: Path) -> None:
     assert report["violations"] == []
     assert "<html" in (folder / "report.html").read_text()
     runs = sorted((folder / "runs").glob("*/*"))
-    assert len(runs) == report["selections"] == 4
+    assert len(runs) == report["selections"] == 3
     for run in runs:
         assert [entry.task for entry in audit.verify(run)] == [1, 2]
         statements = certify(read_log(run / "losses.jsonl"), "moment", confidence=0.95).statements
@@ -73,7 +74,7 @@ def test_the_same_command_again_trains_nothing(
     monkeypatch.setattr(check, "prepare", None)
     monkeypatch.setattr(check, "train", None)
     assert command(monkeypatch, *options(done)) == 0
-    assert "4 of 4 runs are finished already" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("nothing was trained") == 3
     assert {path: path.stat().st_mtime_ns for path in (done / "checks").rglob("losses.jsonl")} == logs
 
 
@@ -82,6 +83,11 @@ def test_other_options_need_another_folder(
 ) -> None:
     assert command(monkeypatch, *options(done, "--confidence", "0.9")) == 2
     assert "holds a check with confidence = 0.95, not 0.9: choose another --out" in capsys.readouterr().err
+
+
+def test_two_tasks_need_a_stage_less() -> None:
+    assert list(check.stages_of(3)) == ["finetune", "contrastive-only", "co2l", "cila-max"]
+    assert list(check.stages_of(2)) == ["finetune", "contrastive-only", "cila-max"]
 
 
 def test_data_that_have_changed_need_another_folder(
@@ -165,7 +171,7 @@ def test_the_plan_fills_the_minutes(
     monkeypatch.setattr(check, "train", lambda *_, **__: {"training_seconds": seconds})
     request = dataclasses.replace(REQUEST, data=str(digits(tmp_path / "cells.npz")), minutes=minutes, jobs=2)
     prepared = check.prepare(Path(request.data), label="kind", tasks="site")
-    plan = check._plan(check._base(request, prepared, tmp_path / "data.npz"), request, prepared)
+    plan = check._plan(check._base(request, prepared, tmp_path / "data.npz"), request, prepared, 4)
     assert (plan["seeds"], plan["epochs_first"]) == (seeds, 2 * plan["epochs"])
     assert plan["epochs"] == pytest.approx(epochs, abs=2)
     assert plan["too_short"] == (minutes < 1)
