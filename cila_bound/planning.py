@@ -27,8 +27,9 @@ def tuples_needed(
     """The number of independent held-out tuples of each task, to one percent, with which every task's bound would be
     below ``below`` nats (default: the ceiling, so that none is vacuous), were the logged means to stay what they are.
 
-    By Chernoff's bound on every mean, which needs no more than means; betting needs fewer where losses vary little. A
-    plan, no statement of confidence. None if a billion would not do, as where the plug-in bound is not below either.
+    By Chernoff's bound on every mean, which needs no more than means; betting may take fewer where losses vary little,
+    or more where nearly all are at an end. A plan, no statement of confidence. None if a billion would not do, as where
+    the plug-in bound is not below either.
 
     Raises what :func:`certify` raises.
     """

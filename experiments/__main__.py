@@ -39,7 +39,7 @@ def run(
         result = train(config, directory, data_root=data_root)
     else:
         print(finished_notice(directory, result))
-    if not _speaks():
+    if os.environ.get("RANK", "0") != "0":  # of several ranks the first speaks
         return 0
     for name, values in result["accuracy"].items():
         print(f"{name}: average accuracy {values['average_accuracy']:.3f}, forgetting {values['forgetting']:.3f}")
@@ -209,11 +209,6 @@ def _defaults() -> RunConfig:
     return preset(chosen.stream, chosen.schedule)
 
 
-def _speaks() -> bool:
-    """Whether this process is alone or the first of those that torchrun started, and so the one that prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def main() -> int:
     try:
         commands: dict[str, Any] = {
@@ -229,7 +224,7 @@ def main() -> int:
         status: int = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments")
         return status
     except (ValueError, OSError) as error:
-        if not _speaks():
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # once on every node, as what is missing may be missing on one
             return 2
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = ": free some space; the same command goes on after the last finished epoch" if full else ""

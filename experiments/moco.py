@@ -41,16 +41,20 @@ class KeyQueue:
         return (new if old is None else torch.cat([old, new]))[-self.size :]
 
     def state(self) -> dict[str, Any]:
-        """Tensors only, of all ranks, for a checkpoint."""
+        """For a checkpoint: tensors only, a list of each rank's."""
         kept = {"key": self.key, "teacher_key": self.teacher_key, "label": self.label}
         return {"encoder": self.encoder.state_dict()} | {
             name: self.world.gathered(value) for name, value in kept.items() if value is not None
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Each rank takes its own part back; other ranks than those before share the whole queue."""
         self.encoder.load_state_dict(state["encoder"])
         device = next(self.encoder.parameters()).device
+        rank, ranks = self.world.rank, self.world.size
         kept = {
-            name: self.world.share(state[name]).to(device) for name in ("key", "teacher_key", "label") if name in state
+            name: (parts[rank] if len(parts) == ranks else self.world.share(torch.cat(parts))).to(device)
+            for name, parts in state.items()
+            if name != "encoder"
         }
         self.key, self.teacher_key, self.label = kept.get("key"), kept.get("teacher_key"), kept.get("label")

@@ -99,7 +99,7 @@ class TaskTrainer:
         with torch.no_grad():
             embedding = self.model(self.augment.plain(self.rows.images[: config.batch_size]))
         self._check_finite(number, _log_norm(embedding), *self.model.state_dict().values())
-        return {name: self.world.gathered(torch.cat(values)).mean().item() for name, values in terms.items()}
+        return {name: torch.cat(self.world.gathered(torch.cat(values))).mean().item() for name, values in terms.items()}
 
     def _contrastive_step(self, batch: Tensor, number: int) -> dict[str, Tensor]:
         batch = self.world.share(batch)

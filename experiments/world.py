@@ -66,13 +66,13 @@ class World:
             raise told[1]
         return told[0]  # type: ignore[return-value]
 
-    def gathered(self, values: Tensor) -> Tensor:
-        """The rows of all ranks, in their order, on the CPU."""
+    def gathered(self, values: Tensor) -> list[Tensor]:
+        """Those of each rank; of several ranks on the CPU."""
         if self.group is None:
-            return values
+            return [values]
         parts: list[Tensor] = [values] * self.size
         dist.all_gather_object(parts, values.cpu(), group=self.group)
-        return torch.cat(parts)
+        return parts
 
     def adopt(self, model: nn.Module) -> None:
         """Gives every rank the first one's parameters and buffers."""

@@ -14,6 +14,7 @@ from experiments.methods import METHODS
 from experiments.moco import KeyQueue
 from experiments.models import build_model
 from experiments.objective import contrastive_loss, replay_loss
+from experiments.world import World
 from tests.test_kernels import triple_loop
 
 CONFIG = RunConfig(contrastive_scale=3.0)
@@ -96,6 +97,20 @@ def test_queue_adds_keys_of_the_momentum_encoder_and_of_the_teacher() -> None:
     copy = KeyQueue(build_model("small", (1, 8, 8)), size=10, momentum=0.9)
     copy.load_state(queue.state())
     assert torch.equal(copy.key, queue.key) and torch.equal(copy.teacher_key, queue.teacher_key)
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(3, [[0, 3], [1, 4], [2]]), (2, [[0, 1, 2], [3, 4]])])
+def test_each_rank_takes_its_own_queue_back(ranks: int, expected: list[list[int]]) -> None:
+    """Saved by three ranks, of which one has a key less; two ranks share all of it."""
+    model = build_model("small", (1, 8, 8))
+    parts = [torch.tensor(part) for part in ([0, 3], [1, 4], [2])]
+    saved = {"encoder": model.state_dict(), "label": parts, "key": [part[:, None].float() for part in parts]}
+    for rank in range(ranks):
+        queue = KeyQueue(model, size=10, momentum=0.9, world=World(rank, ranks))
+        queue.load_state(saved)
+        assert queue.label is not None and queue.key is not None and queue.teacher_key is None
+        assert queue.label.tolist() == expected[rank]
+        assert queue.key[:, 0].tolist() == expected[rank]
 
 
 def test_replay_losses_against_their_equations() -> None:
