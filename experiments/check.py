@@ -167,9 +167,16 @@ def _base(request: Request, prepared: Prepared, data: Path) -> RunConfig:
         n_negatives=(1,),
         tuple_rounds=4,
         log_tuples="all",
+        class_costs=_class_costs(request, prepared),
         confidence=request.confidence,
         keep_checkpoints=True,
     )
+
+
+def _class_costs(request: Request, prepared: Prepared) -> tuple[float, ...]:
+    if request.miss_cost is None or request.alarm_cost is None:
+        return ()
+    return tuple(request.miss_cost if name == request.defect else request.alarm_cost for name in prepared.class_names)
 
 
 def _plan(base: RunConfig, request: Request, prepared: Prepared, n_stages: int) -> dict[str, Any]:

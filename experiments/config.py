@@ -147,6 +147,9 @@ class RunConfig:
     probe_epochs: int = 100
     """Epochs of the linear probe; its learning rate falls to a fifth after 60, 75 and 90% of them."""
     probe_learning_rate: float = 0.1
+    class_costs: tuple[float, ...] = ()
+    """What an error on an item of each class costs: counts of errors are those of the decisions with the least expected
+    cost. Empty: the same for all. Accuracies are those of the likeliest class."""
 
     theory_temperatures: tuple[float, ...] = (0.5,)
     """Of teacher and student in the logged losses, which are the theorem's; the first is that of losses.jsonl."""
@@ -209,6 +212,10 @@ class RunConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0.0 < self.confidence < 1.0:
             raise ValueError(f"confidence must be in (0, 1), such as 0.95, got {self.confidence}")
+        if not all(math.isfinite(cost) and cost >= 0.0 for cost in self.class_costs) or (
+            self.class_costs and not any(self.class_costs)
+        ):
+            raise ValueError(f"class_costs must be finite and >= 0, not all 0, got {self.class_costs}")
         limit = self.max_bound_increase
         if limit is not None and not (math.isfinite(limit) and limit >= 0.0):
             raise ValueError(f"max_bound_increase must be finite and >= 0, or None, got {limit}")
@@ -313,7 +320,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "float32", "bfloat16"),
 }
-_MEASURING = {"theory_temperatures", "n_negatives", "log_tuples"}
+_MEASURING = {"theory_temperatures", "n_negatives", "log_tuples", "class_costs"}
 _NOT_NAMED = _MEASURING | {
     "stream",
     "schedule",

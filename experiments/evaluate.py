@@ -68,8 +68,16 @@ def accuracy(logits: Tensor, labels: np.ndarray, known: Collection[int], own: Co
     return Accuracy(correct(known), correct(set(known) & set(own)))
 
 
-def confusion(logits: Tensor, labels: np.ndarray, known: Collection[int], n_classes: int) -> np.ndarray:
-    """(n_classes, n_classes) counts of true class (row) and argmax over the ``known`` classes (column)."""
+def confusion(
+    logits: Tensor, labels: np.ndarray, known: Collection[int], n_classes: int, costs: Sequence[float] = ()
+) -> np.ndarray:
+    """(n_classes, n_classes) counts of true class (row) and decision among the ``known`` classes (column).
+
+    Decided is for the largest probability times cost, where an error on an item of class c costs ``costs[c]``: the
+    least expected cost (Elkan 2001), if probabilities are right. Without costs, for the largest probability.
+    """
+    if costs:
+        logits = logits + torch.tensor(costs, dtype=torch.float64).log()
     counts = np.zeros((n_classes, n_classes), np.int64)
     np.add.at(counts, (labels, _predicted(logits, known)), 1)
     return counts

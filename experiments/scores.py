@@ -20,8 +20,8 @@ MOST_CLASSES = 50  # of which confusions are kept
 
 
 class Scores(NamedTuple):
-    """Per task seen: accuracy over all classes seen and over the task's own, and counts[true class][predicted class]
-    over all classes of the stream, among those seen (empty for more than MOST_CLASSES classes).
+    """Per task seen: accuracy over all classes seen and over the task's own, and counts[true class][decision] over
+    all classes of the stream, among those seen (empty for more than MOST_CLASSES classes).
     """
 
     over_seen: list[float]
@@ -51,7 +51,7 @@ def measure(
         scores.over_seen.append(over_seen)
         scores.over_own.append(over_own)
         if stream.n_classes <= MOST_CLASSES:
-            scores.confusion.append(confusion(logits, truth, known, stream.n_classes).tolist())
+            scores.confusion.append(confusion(logits, truth, known, stream.n_classes, config.class_costs).tolist())
     return scores
 
 

@@ -76,6 +76,10 @@ class _Run:
         self.stream = build_stream(config, data_root)
         self.n_tasks = len(self.stream.tasks)
         _check_ranks(config, self.stream, world.size)
+        if config.class_costs and len(config.class_costs) != self.stream.n_classes:
+            raise ValueError(
+                f"class_costs must be a cost for each of {self.stream.n_classes} classes, got {config.class_costs}"
+            )
         self.pretrain_images = pretrain_images(config, self.stream, data_root)
         fixed = {k: draw_fixed(config, self.stream, k) for k in config.n_negatives}
         self.recorders = [

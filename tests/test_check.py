@@ -59,6 +59,8 @@ def test_everything_is_there(done: Path) -> None:
     assert report["kpi"]["defect_share"] == pytest.approx([0.25, 0.25], abs=0.02)
     assert report["violations"] == []
     assert "<html" in (folder / "report.html").read_text()
+    planned = json.loads((folder / "check.json").read_text())
+    assert all(run["class_costs"] == [5.0, 5.0, 100.0, 5.0] for run in planned["runs"])  # one, three, two, zero
     runs = sorted((folder / "runs").glob("*/*"))
     assert len(runs) == report["selections"] == 3
     for run in runs:

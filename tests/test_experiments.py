@@ -22,7 +22,7 @@ from cila_bound.report import Report
 from experiments import methods, scores, train
 from experiments.config import RunConfig
 from experiments.directory import Progress, log_names
-from experiments.evaluate import accuracy, average_accuracy, backward_transfer, forgetting, linear_probe
+from experiments.evaluate import accuracy, average_accuracy, backward_transfer, confusion, forgetting, linear_probe
 from experiments.methods import METHODS
 from experiments.presets import PRESETS, preset
 from experiments.streams import build_stream
@@ -73,6 +73,8 @@ def test_metrics_against_hand_computation() -> None:
         ({"momentum": -0.1}, "momentum must be in"),
         ({"weight_decay": -1e-4}, "weight_decay must be finite and >= 0, got -0.0001"),
         ({"weight_decay": float("inf")}, "weight_decay must be finite and >= 0, got inf"),
+        ({"class_costs": (1.0, -1.0)}, "class_costs must be finite and >= 0, not all 0, got .1.0, -1.0."),
+        ({"class_costs": (0.0, 0.0)}, "class_costs must be finite and >= 0, not all 0"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"label_noise": 0.51}, "label_noise must be in \\[0, 0.5\\], got 0.51"),
         ({"label_noise": -0.1}, "label_noise must be in"),
@@ -225,6 +227,35 @@ def test_prices_per_task_are_logged_as_shares_of_the_distillation(
     prices = np.array([1.0, 2.0, 3.0, 4.0, 2.5])
     products = last.distill_weight * np.array(last.mixture_weights)
     assert products == pytest.approx(sizes / sizes.sum() * prices, rel=1e-9)
+
+
+@pytest.mark.parametrize("costs", [(), (1.0, 1.0, 1.0), (50.0, 5.0, 5.0), (0.0, 1.0, 3.0)])
+def test_decisions_have_the_least_expected_cost(costs: tuple[float, ...]) -> None:
+    """Of all decisions, given the softmax of the known classes."""
+    logits = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    labels = np.arange(200) % 3
+    for known in ({0, 1, 2}, {0, 2}):
+        expected = np.zeros((3, 3), int)
+        for row, label in zip(logits.double().numpy(), labels, strict=True):
+            chance = {c: np.exp(row[c]) for c in known}
+            cost = {d: sum(chance[c] * (costs or (1, 1, 1))[c] for c in known if c != d) for d in known}
+            expected[label, min(cost, key=cost.__getitem__)] += 1
+        assert confusion(logits, labels, known, 3, costs).tolist() == expected.tolist()
+
+
+def test_costs_of_errors_change_decisions_and_no_accuracy(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, n_tasks=2)
+    costs = (1.0, 1000.0, *[1.0] * 8)
+    plain, priced = (
+        train.run(dataclasses.replace(config, class_costs=c), tmp_path / str(len(c)), show_progress=False)
+        for c in ((), costs)
+    )
+    assert (plain["accuracy"], plain["variant"]) == (priced["accuracy"], priced["variant"])
+    table, other = (np.array(metrics["confusion"]["last"][0]) for metrics in (plain, priced))
+    assert table.sum(1).tolist() == other.sum(1).tolist()
+    assert other[:, 1].sum() > table[:, 1].sum()
+    with pytest.raises(ValueError, match=r"class_costs must be a cost for each of 10 classes, got \(1.0, 2.0\)"):
+        train.run(dataclasses.replace(config, class_costs=(1.0, 2.0)), tmp_path / "no", show_progress=False)
 
 
 def test_linear_probe_separates_what_is_separable_and_balances_classes() -> None:
