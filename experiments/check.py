@@ -96,7 +96,7 @@ def check(request: Request, folder: Path) -> int:
     for remark in decided["remarks"]:
         print(f"data: {remark}")
     print(f"plan: {_in_words(decided['plan'])}", flush=True)
-    configs = [RunConfig(**_tuples(options)) for options in decided["runs"]]
+    configs = [RunConfig.from_json(options) for options in decided["runs"]]
     failures = sweep(configs, folder / "runs", jobs=request.jobs)
     for name, reason in failures:
         print(f"FAILED {name}: {reason}", file=sys.stderr)
@@ -268,8 +268,3 @@ def _check_same(asked: dict[str, Any], request: Request, folder: Path) -> None:
                 f"{folder} holds a check with {name} = {asked.get(name)!r}, not {value!r}: choose another --out, or "
                 "remove it"
             )
-
-
-def _tuples(options: dict[str, Any]) -> dict[str, Any]:
-    """Lists of a JSON object as the tuples that they were."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}

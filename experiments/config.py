@@ -300,6 +300,12 @@ class RunConfig:
         """Options to plain values, as JSON gives them back."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    @staticmethod
+    def from_json(options: dict[str, Any]) -> RunConfig:
+        """Of what ``as_json`` gave. Raises TypeError for an option that there is not, ValueError for an illegal one."""
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+        return RunConfig(**values)
+
     def save(self, path: Path) -> None:
         """Writes the configuration as JSON."""
         write_atomic(path, (json.dumps(self.as_json(), indent=2) + "\n").encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -19,9 +18,8 @@ def stored_config(directory: Path) -> RunConfig:
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} holds no run with a finished epoch ({path.name} is missing)")
-    options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in read_json(path).items()}
     try:
-        return RunConfig(**options)
+        return RunConfig.from_json(read_json(path))
     except TypeError as error:
         raise ValueError(f"{path} is of another version ({error}): use the commit that the run was made with") from None
 

@@ -12,8 +12,7 @@ from experiments.world import joined
 def main(spec: Path) -> None:
     with joined():
         for directory, options in json.loads(spec.read_text()):
-            config = RunConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
-            run(config, Path(directory), show_progress=False)
+            run(RunConfig.from_json(options), Path(directory), show_progress=False)
 
 
 if __name__ == "__main__":
