@@ -126,8 +126,9 @@ def certify(
     With ``confidence`` in (0, 1), such as 0.95, it is a certificate: every end of a mean that the bound uses is
     replaced by a one-sided confidence bound at level delta = (1 - confidence) / (ends used x ``selections``).
     ``inequality`` is that of :mod:`cila_bound.concentration`; "auto" takes betting where the log holds the values of
-    single tuples, and else Chernoff's bound. ``selections``: how many models these held-out tuples chose this one from
-    (variants compared on them, updates they let pass or refused): the bound then holds for any of them.
+    single tuples and their ``block``, and else Chernoff's bound. ``selections``: how many models these held-out tuples
+    chose this one from (variants compared on them, updates they let pass or refused): the bound then holds for any of
+    them.
 
     ``rigorous``: moment steps with machine-proven constants (:mod:`cila_bound.rigorous`, which needs python-flint).
 
@@ -235,8 +236,8 @@ def _assumptions(
     if statements:
         used = sorted({statement.inequality for statement in statements})
         worth = [
-            "the held-out tuples of a task are independent draws of its law, worth n_effective each time they share "
-            "samples, and the models do not depend on them",
+            "the held-out tuples of a task are independent draws of its law, given their classes, worth n_effective "
+            "each time they share samples, and the models do not depend on them",
             f"they chose the model among {selections}" if selections > 1 else "they chose no model or setting",
             f"{len(statements)} one-sided confidence bounds on means, by {' and '.join(used)}, together (union bound)",
         ]

@@ -71,6 +71,11 @@ class Mean:
         return min(max(self.statistic.mean, self.low), self.high)
 
     @property
+    def block(self) -> int | None:
+        """So many consecutive values of a round have the mean that is sought on average, if that is known."""
+        return self.record.tuples.block if self.record.tuples is not None else None
+
+    @property
     def rounds(self) -> np.ndarray | None:
         """(rounds, n_effective): the logged values of the single tuples, if they are there and come in whole rounds."""
         n, size = self.record.n, self.record.n_effective
@@ -141,7 +146,7 @@ class Confidence:
     def _choose(self, mean: Mean) -> Inequality:
         """The choice must not depend on the values: it would have to be paid for."""
         if self.inequality == "auto":
-            return "chernoff" if mean.rounds is None else "betting"
+            return "chernoff" if mean.rounds is None or mean.block is None else "betting"
         return self.inequality
 
 
@@ -207,9 +212,12 @@ def _from_betting(mean: Mean, delta: float) -> ConfidenceBounds:
             f"betting needs the {mean.name} of every tuple after task {record.after_task} on task {record.task}, in "
             f"rounds of n_effective tuples each: log tuples (log_tuples all), or use chernoff"
         )
-    block = record.tuples.block if record.tuples is not None else None
-    size = rounds.shape[1]
-    return betting(rounds, delta=delta, low=mean.low, high=mean.high, block=min(block or size, size))
+    if mean.block is None:
+        raise ValueError(
+            f"betting needs the number of consecutive tuples that have the task's mean on average, but tuples.block of "
+            f"task {record.task} after task {record.after_task} is not given: use chernoff"
+        )
+    return betting(rounds, delta=delta, low=mean.low, high=mean.high, block=min(mean.block, rounds.shape[1]))
 
 
 _BOUNDS: dict[str, Callable[[Mean, float], ConfidenceBounds]] = {

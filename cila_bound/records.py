@@ -88,7 +88,7 @@ class TupleValues:
     The pointwise step needs ``teacher_contrastive`` and ``drift``; confidence bounds by betting need the statistic that
     they are about. If n is a multiple of n_effective, the values are rounds of n_effective independent tuples each.
     ``block``: so many consecutive tuples of a round have the task's mean on average, whatever came before, such as one
-    anchor of each class in turn; 1 if each tuple has, None (the round as a whole) if it is not known.
+    anchor of each of two classes in turn; 1 if each tuple has; None if it is not known, and then nothing is bet on.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset(

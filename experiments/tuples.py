@@ -20,12 +20,13 @@ from cila_bound import Geometry, Statistic, TupleValues
 @dataclass(frozen=True)
 class Tuples:
     """``index`` (n, 2 + K) into a split: anchor, positive, negatives; ``n_effective``: disjoint tuples in one round;
-    ``block``: so many consecutive ones have the same mean on average: a turn of anchor classes, or a whole round.
+    ``block``: so many consecutive ones, a turn of anchor classes, have the task's mean on average whatever came before;
+    None for more than two classes, where the negatives' classes depend on those drawn before.
     """
 
     index: np.ndarray
     n_effective: int
-    block: int
+    block: int | None
 
 
 def draw_tuples(
@@ -35,8 +36,8 @@ def draw_tuples(
     turn, each as often as the others (unless samples or limit do not suffice for one of each). A class with a single
     sample has negatives only.
 
-    Within a round the tuples are independent, and the mean over rounds is no worse than the mean of one (Hoeffding
-    1963, section 5), so the mean is worth the tuples of one round: ``n_effective``.
+    Given the classes drawn, the tuples of a round are independent, and the mean over rounds is no worse than the mean
+    of one (Hoeffding 1963, section 5), so the mean is worth the tuples of one round: ``n_effective``.
 
     Raises ValueError if not even one tuple can be formed.
     """
@@ -48,11 +49,10 @@ def draw_tuples(
             f"{n_negatives} negatives of other classes: give more samples or lower n_negatives"
         )
     counts = np.unique(labels, return_counts=True)[1]
-    block = min(int(np.sum(counts > 1)), size)
-    size -= size % block
-    if len(counts) > 2 and len(set(counts.tolist())) > 1:
-        block = size  # negatives' classes are drawn by the images left, whose shares change within a round
-    return Tuples(np.array([row for part in drawn for row in part[:size]], dtype=np.int64), size, block)
+    turn = min(int(np.sum(counts > 1)), size)
+    size -= size % turn
+    index = np.array([row for part in drawn for row in part[:size]], dtype=np.int64)
+    return Tuples(index, size, turn if len(counts) == 2 else None)
 
 
 def _one_round(labels: np.ndarray, n_negatives: int, rng: np.random.Generator, limit: int) -> list[list[int]]:
@@ -88,7 +88,7 @@ class TupleLosses(NamedTuple):
             name: None if value is None else _rounded(Statistic.of(value)) for name, value in self._asdict().items()
         }
 
-    def per_tuple(self, block: int, *columns: str) -> TupleValues:
+    def per_tuple(self, block: int | None, *columns: str) -> TupleValues:
         """Of the named losses, as far as they are there, to eight digits."""
         found = {name: values for name in columns if (values := getattr(self, name)) is not None}
         short = {name: tuple(float(f"{value:.8g}") for value in values) for name, values in found.items()}

@@ -102,7 +102,7 @@ def simulate(
                 per_tuple = None
                 if t > i and split == "heldout":
                     columns = values[i]["teacher_contrastive"], values[i]["drift"]
-                    per_tuple = TupleValues(*(tuple(column.tolist()) for column in columns))
+                    per_tuple = TupleValues(*(tuple(column.tolist()) for column in columns), block=1)
                 log.add(Measurement(t, i, split, *counts, **statistics, tuples=per_tuple))  # type: ignore[arg-type]
             log.add(TestLoss(t, i, *counts, statistics["contrastive"]))
         shares = tuple(1.0 / t for _ in range(t))

@@ -66,7 +66,7 @@ def test_everything_is_there(done: Path) -> None:
     for run in runs:
         assert [entry.task for entry in audit.verify(run)] == [1, 2]
         statements = certify(read_log(run / "losses.jsonl"), "moment", confidence=0.95).statements
-        assert {statement.inequality for statement in statements} == {"betting"}
+        assert {statement.inequality for statement in statements} == {"chernoff"}  # four classes
 
 
 def test_the_same_command_again_trains_nothing(

@@ -325,3 +325,16 @@ def test_the_command_certifies(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["evaluate", str(path), "--confidence", "2"]) == 2
     pytest.importorskip("flint")
     assert main(["evaluate", str(path), "--step", "moment", "--rigorous"]) == 0
+
+
+def test_betting_needs_to_know_which_tuples_share_a_mean() -> None:
+    log = Population(2, 1, 0.5).log(np.random.default_rng(0), 40, tuples=True)
+    unknown = LossLog(log.header)
+    for record in log.records:
+        if isinstance(record, Measurement) and record.tuples is not None:
+            record = dataclasses.replace(record, tuples=dataclasses.replace(record.tuples, block=None))
+        unknown.add(record)
+    assert {s.inequality for s in certify(log, "moment", confidence=0.95).statements} == {"betting"}
+    assert {s.inequality for s in certify(unknown, "moment", confidence=0.95).statements} == {"chernoff"}
+    with pytest.raises(ValueError, match=r"tuples.block of task 1 after task 1 is not given: use chernoff"):
+        certify(unknown, "moment", confidence=0.95, inequality="betting")
