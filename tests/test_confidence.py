@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cila_bound import LossLog, Measurement, Statistic, TestLoss, certify, chernoff, tuples_needed
+from cila_bound import LossLog, Measurement, Statistic, TestLoss, betting, certify, chernoff, tuples_needed
 from cila_bound.certificate import StepName
 from cila_bound.cli import main
 from cila_bound.violations import find_violations
+from experiments.tuples import draw_tuples
 from tests.simulate import Population, simulate
 
 FULL: list[StepName] = ["linear", "saturating", "pinsker", "moment", "best"]
@@ -338,3 +339,32 @@ def test_betting_needs_to_know_which_tuples_share_a_mean() -> None:
     assert {s.inequality for s in certify(unknown, "moment", confidence=0.95).statements} == {"chernoff"}
     with pytest.raises(ValueError, match=r"tuples.block of task 1 after task 1 is not given: use chernoff"):
         certify(unknown, "moment", confidence=0.95, inequality="betting")
+
+
+@pytest.mark.parametrize("counts", [(15, 15), (9, 21), (10, 10, 10), (6, 9, 15)])
+@pytest.mark.parametrize("rounds", [1, 24])
+def test_bounds_cover_the_mean_of_the_tuples_that_are_drawn(counts: tuple[int, ...], rounds: int) -> None:
+    """Images are independent given their class, a tuple's loss is a property of its negative; the mean sought is known.
+    Taking all tuples of all rounds for independent would miss far too often.
+    """
+    rng, delta, n_draws = np.random.default_rng(0), 0.05, 600
+    labels = np.repeat(np.arange(len(counts)), counts)
+    chance = np.linspace(0.5, 0.8, len(counts))
+    wrong = {"chernoff": 0, "betting": 0, "all independent": 0}
+    for _ in range(n_draws):
+        tuples = draw_tuples(labels, 1, rounds, rng)
+        negative = tuples.index[:, 2]
+        mean = float(chance[labels[negative]].mean())
+        loss = (rng.random(len(labels)) < chance[labels])[negative].astype(float)
+        level: dict[str, Any] = {"delta": delta, "low": 0.0, "high": 1.0}
+        bounds = {
+            "chernoff": chernoff(loss.mean(), tuples.n_effective, **level),
+            "all independent": chernoff(loss.mean(), len(loss), **level),
+        }
+        if tuples.block is not None:
+            bounds["betting"] = betting(loss.reshape(rounds, -1), block=tuples.block, **level)
+        for name, found in bounds.items():
+            wrong[name] += not found.lower <= mean <= found.upper
+    assert not_above(wrong["chernoff"], 2 * delta, n_draws)
+    assert not_above(wrong["betting"], 2 * delta, n_draws)
+    assert rounds == 1 or not not_above(wrong["all independent"], 2 * delta, n_draws)
