@@ -224,7 +224,8 @@ def main() -> int:
         status: int = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments")
         return status
     except (ValueError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # once on every node, as what is missing may be missing on one
+        alone = type(error).__name__ == "DivergedError"
+        if os.environ.get("LOCAL_RANK", "0") != "0" and not alone:  # once a node: what is missing may be so on one
             return 2
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = ": free some space; the same command goes on after the last finished epoch" if full else ""

@@ -106,8 +106,7 @@ def verify(directory: Path, *, head: str = "") -> list[Entry]:
     tasks = [entry.task for entry in standing(entries)]
     if tasks != list(range(1, len(tasks) + 1)):
         raise AuditError(f"{directory / FILE} speaks of tasks {tasks} only, not of all since the first: restore it")
-    if entries[-1].event != "rollback":  # interrupted, it has left metrics.json
-        _check_end(directory, len(tasks))
+    _check_end(directory, len(tasks))
     for entry in standing(entries):
         for kept in _kept_files(entry):
             check_file(directory, entry, kept)

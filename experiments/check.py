@@ -71,7 +71,7 @@ def check(request: Request, folder: Path) -> int:
     if planned.exists():
         decided = read_json(planned)
         _check_same(decided["request"], request, folder)
-        if decided["fingerprint"] != _fingerprint(Path(request.data)):
+        if decided.get("fingerprint") != _fingerprint(Path(request.data), folder):
             raise ValueError(
                 f"{request.data} has changed since {folder} was begun: choose another --out, or remove that folder"
             )
@@ -125,7 +125,7 @@ def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any
         "request": dataclasses.asdict(request),
         "name": folder.name,
         "source": request.data,
-        "fingerprint": _fingerprint(Path(request.data)),
+        "fingerprint": _fingerprint(Path(request.data), folder),
         "remarks": list(prepared.remarks),
         "classes": list(prepared.class_names),
         "counts": _counts(prepared),
@@ -152,7 +152,7 @@ def _base(request: Request, prepared: Prepared, data: Path) -> RunConfig:
     """What all runs have in common."""
     side = prepared.train.images.shape[-1]
     model: ModelName = "mlp" if prepared.tabular else "strided" if side >= 16 else "small"
-    return RunConfig(
+    base = RunConfig(
         stream="custom",
         dataset=str(data.resolve()),
         scenario=prepared.scenario,
@@ -167,16 +167,13 @@ def _base(request: Request, prepared: Prepared, data: Path) -> RunConfig:
         n_negatives=(1,),
         tuple_rounds=4,
         log_tuples="all",
-        class_costs=_class_costs(request, prepared),
         confidence=request.confidence,
         keep_checkpoints=True,
     )
-
-
-def _class_costs(request: Request, prepared: Prepared) -> tuple[float, ...]:
     if request.miss_cost is None or request.alarm_cost is None:
-        return ()
-    return tuple(request.miss_cost if name == request.defect else request.alarm_cost for name in prepared.class_names)
+        return base
+    defect = prepared.class_names.index(request.defect)
+    return dataclasses.replace(base, defect_class=defect, miss_cost=request.miss_cost, alarm_cost=request.alarm_cost)
 
 
 def _plan(base: RunConfig, request: Request, prepared: Prepared, n_stages: int) -> dict[str, Any]:
@@ -244,6 +241,8 @@ def _check_request(request: Request) -> None:
     given = [name for name, cost in costs.items() if cost is not None]
     if len(given) == 1 or bool(given) != bool(request.defect):
         raise ValueError("defect, miss_cost and alarm_cost go together: give all three, or none for accuracies alone")
+    if given and not any(costs.values()):
+        raise ValueError("miss_cost and alarm_cost are 0 both: give what errors cost, or neither for accuracies alone")
 
 
 def _check_defect(request: Request, prepared: Prepared) -> None:
@@ -252,13 +251,16 @@ def _check_defect(request: Request, prepared: Prepared) -> None:
         raise ValueError(f"defect must be one of the classes {names}, got {request.defect!r}")
 
 
-def _fingerprint(data: Path) -> str:
-    """SHA-256 of a file; of a folder, of the names, sizes and times of its files."""
+def _fingerprint(data: Path, out: Path) -> str:
+    """SHA-256 of a file; of a folder, of the names, sizes and times of its files (but of those in ``out``)."""
+    if not data.exists():
+        raise ValueError(f"no such file or folder: {data}")
     if data.is_file():
         return file_sha256(data)
-    files = [(str(path.relative_to(data)), path.stat()) for path in sorted(data.rglob("*")) if path.is_file()]
-    listing = json.dumps([(name, found.st_size, found.st_mtime_ns) for name, found in files])
-    return hashlib.sha256(listing.encode()).hexdigest()
+    own = out.resolve()
+    files = [path for path in sorted(data.rglob("*")) if path.is_file() and own not in path.resolve().parents]
+    listing = [(str(path.relative_to(data)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def _check_same(asked: dict[str, Any], request: Request, folder: Path) -> None:

@@ -17,6 +17,7 @@ import tyro
 from cila_bound import Geometry
 from cila_bound.files import write_atomic
 from experiments.augment import AugmentationName
+from experiments.evaluate import Costs
 from experiments.methods import METHODS, MethodName
 from experiments.models import ModelName
 
@@ -54,7 +55,15 @@ _POSITIVE = (
     "contrastive_scale",
     "probe_learning_rate",
 )
-_NOT_NEGATIVE = ("weight_decay", "warmup_from", "distill_weight", "der_alpha", "der_beta")
+_NOT_NEGATIVE = (
+    "weight_decay",
+    "warmup_from",
+    "distill_weight",
+    "der_alpha",
+    "der_beta",
+    "miss_cost",
+    "alarm_cost",
+)
 _SHARES = ("momentum", "queue_momentum", "pretrain_fraction")
 
 
@@ -147,9 +156,13 @@ class RunConfig:
     probe_epochs: int = 100
     """Epochs of the linear probe; its learning rate falls to a fifth after 60, 75 and 90% of them."""
     probe_learning_rate: float = 0.1
-    class_costs: tuple[float, ...] = ()
-    """What an error on an item of each class costs: counts of errors are those of the decisions with the least expected
-    cost. Empty: the same for all. Accuracies are those of the likeliest class."""
+    defect_class: int | None = None
+    """A class whose errors cost something: errors are then counted of the decisions with the least expected cost, and
+    not of the likeliest class, as accuracies always are."""
+    miss_cost: float = 1.0
+    """What an item of that class costs that is not found."""
+    alarm_cost: float = 1.0
+    """What another item costs that is taken for one."""
 
     theory_temperatures: tuple[float, ...] = (0.5,)
     """Of teacher and student in the logged losses, which are the theorem's; the first is that of losses.jsonl."""
@@ -212,10 +225,6 @@ class RunConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0.0 < self.confidence < 1.0:
             raise ValueError(f"confidence must be in (0, 1), such as 0.95, got {self.confidence}")
-        if not all(math.isfinite(cost) and cost >= 0.0 for cost in self.class_costs) or (
-            self.class_costs and not any(self.class_costs)
-        ):
-            raise ValueError(f"class_costs must be finite and >= 0, not all 0, got {self.class_costs}")
         limit = self.max_bound_increase
         if limit is not None and not (math.isfinite(limit) and limit >= 0.0):
             raise ValueError(f"max_bound_increase must be finite and >= 0, or None, got {limit}")
@@ -253,6 +262,11 @@ class RunConfig:
         return tuple(Geometry(tau, k) for tau in self.theory_temperatures for k in self.n_negatives)
 
     @property
+    def costs(self) -> Costs | None:
+        """Of errors on the class of defects, if there is one."""
+        return None if self.defect_class is None else Costs(self.defect_class, self.miss_cost, self.alarm_cost)
+
+    @property
     def study(self) -> str:
         """Stream and schedule (and dataset, if it is the user's): what runs have in common that are compared.
 
@@ -288,7 +302,7 @@ class RunConfig:
     def check_same(self, path: Path) -> None:
         """Raises ValueError that names the difference if ``path`` holds another configuration."""
         if path.exists():
-            mine, theirs = self.as_json(), read_json(path)
+            mine, theirs = self.as_json(), RunConfig().as_json() | read_json(path)  # made before there was an option
             for name in mine | theirs:
                 if mine.get(name) != theirs.get(name):
                     raise ValueError(
@@ -326,7 +340,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "float32", "bfloat16"),
 }
-_MEASURING = {"theory_temperatures", "n_negatives", "log_tuples", "class_costs"}
+_MEASURING = {"theory_temperatures", "n_negatives", "log_tuples", "defect_class", "miss_cost", "alarm_cost"}
 _NOT_NAMED = _MEASURING | {
     "stream",
     "schedule",

@@ -96,8 +96,7 @@ def finished(config: RunConfig, directory: Path) -> dict[str, Any] | None:
     """
     config.check_same(directory / "config.json")
     metrics = directory / "metrics.json"
-    entries = audit.read(directory)
-    if not metrics.exists() or (entries and entries[-1].event == "rollback"):  # and nothing was trained since
+    if not metrics.exists():
         return None
     for name in log_names(config):
         if not ((directory / name).exists() or (directory / f"{name}.gz").exists()):
@@ -121,7 +120,6 @@ def begin_or_resume(config: RunConfig, directory: Path) -> Progress:
 
     Raises ValueError if the checkpoint, the audit file or a log is damaged or missing.
     """
-    (directory / "metrics.json").unlink(missing_ok=True)  # left by a rollback that was interrupted
     checkpoint = directory / "checkpoint.pt"
     progress = Progress.load(checkpoint) if checkpoint.exists() else None
     entries = audit.standing(audit.read(directory))

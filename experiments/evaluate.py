@@ -14,6 +14,14 @@ from torch.nn import functional
 _BATCH = 256
 
 
+class Costs(NamedTuple):
+    """Of a missed item of the class ``defect``, and of an item of any other class that is taken for one."""
+
+    defect: int
+    miss: float
+    alarm: float
+
+
 class Accuracy(NamedTuple):
     """On one task's images: argmax over all classes seen, and over the task's own."""
 
@@ -43,7 +51,7 @@ def linear_probe(
     optimizer = torch.optim.SGD(probe.parameters(), learning_rate, momentum=0.9)
     milestones = [round(share * epochs) for share in (0.6, 0.75, 0.9)]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
-    weight = 1.0 / torch.bincount(group)[group]
+    weight = draw_weights(group)
     steps = math.ceil(len(label) / _BATCH)
     for _ in range(epochs):
         drawn = torch.multinomial(weight, steps * _BATCH, replacement=True, generator=generator)
@@ -55,6 +63,11 @@ def linear_probe(
     return probe.requires_grad_(False)
 
 
+def draw_weights(group: Tensor) -> Tensor:
+    """Weights (n,) by which each group is drawn as often as the others."""
+    return 1.0 / torch.bincount(group)[group]
+
+
 def accuracy(logits: Tensor, labels: np.ndarray, known: Collection[int], own: Collection[int]) -> Accuracy:
     """Shares of correct argmaxes of ``logits`` (n, classes): over the ``known`` classes, and over those of them that
     are the task's ``own``.
@@ -63,29 +76,34 @@ def accuracy(logits: Tensor, labels: np.ndarray, known: Collection[int], own: Co
     """
 
     def correct(classes: Collection[int]) -> float:
-        return float(np.mean(_predicted(logits, classes) == labels)) if classes else 0.0
+        return float(np.mean(likeliest(logits, classes) == labels)) if classes else 0.0
 
     return Accuracy(correct(known), correct(set(known) & set(own)))
 
 
-def confusion(
-    logits: Tensor, labels: np.ndarray, known: Collection[int], n_classes: int, costs: Sequence[float] = ()
-) -> np.ndarray:
-    """(n_classes, n_classes) counts of true class (row) and decision among the ``known`` classes (column).
-
-    Decided is for the largest probability times cost, where an error on an item of class c costs ``costs[c]``: the
-    least expected cost (Elkan 2001), if probabilities are right. Without costs, for the largest probability.
-    """
-    if costs:
-        logits = logits + torch.tensor(costs, dtype=torch.float64).log()
+def confusion(decision: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """(n_classes, n_classes) counts of true class (row) and decision (column)."""
     counts = np.zeros((n_classes, n_classes), np.int64)
-    np.add.at(counts, (labels, _predicted(logits, known)), 1)
+    np.add.at(counts, (labels, decision), 1)
     return counts
 
 
-def _predicted(logits: Tensor, classes: Collection[int]) -> np.ndarray:
+def likeliest(logits: Tensor, classes: Collection[int]) -> np.ndarray:
+    """Of ``classes``, for each row (n,)."""
     among = sorted(classes)
     return np.asarray(among)[logits[:, among].argmax(1).numpy()]
+
+
+def cheapest(logits: Tensor, classes: Collection[int], costs: Costs) -> np.ndarray:
+    """The decision of least expected cost among ``classes``, for each row (n,), if the softmax of ``logits`` is right:
+    the defect if miss x its probability exceeds alarm x that of all others (Elkan 2001), or else the likeliest other.
+    """
+    others = sorted(set(classes) - {costs.defect})
+    if costs.defect not in classes or not others:
+        return likeliest(logits, classes)
+    miss, alarm = torch.tensor([costs.miss, costs.alarm], dtype=torch.float64).log()
+    rejected = logits[:, costs.defect].double() + miss > logits[:, others].double().logsumexp(1) + alarm
+    return np.where(rejected.numpy(), costs.defect, likeliest(logits, others))
 
 
 def average_accuracy(matrix: Sequence[Sequence[float]]) -> float:

@@ -28,7 +28,7 @@ class Decision:
 
     @property
     def accepted(self) -> bool:
-        return self.after - self.before <= self.limit
+        return self.after - self.before <= self.limit + 1e-12  # rounding of equal bounds
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -48,8 +48,8 @@ def rollback(directory: Path, to_task: int) -> RunConfig:
             headers = [read_log(directory / name).header for name in log_names(config)]
             if len(headers) != len(found.content["logs"]):
                 raise ValueError(f"{directory / 'config.json'} was altered: {directory} has other logs; restore it")
+            (directory / "metrics.json").unlink(missing_ok=True)  # first: with it the run is finished
             audit.append(directory, "rollback", to_task, {"to_entry": found.number})
-            (directory / "metrics.json").unlink(missing_ok=True)
             write_atomic(directory / "checkpoint.pt", content)
             for name, header, log in zip(log_names(config), headers, found.content["logs"], strict=True):
                 with LossLogWriter(directory / name, header, resume=True, keep=log["lines"] - 1):

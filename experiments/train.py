@@ -51,6 +51,8 @@ def run(
         result = world.said(lambda: finished(config, directory))
         if result is None:
             world.said(lambda: _lock(directory, stack))
+            result = world.said(lambda: finished(config, directory))  # by another process, meanwhile
+        if result is None:
             torch.set_num_threads(config.threads)
             result = _Run(config, directory, data_root, world).train(show_progress)
             if world.first:
@@ -76,10 +78,8 @@ class _Run:
         self.stream = build_stream(config, data_root)
         self.n_tasks = len(self.stream.tasks)
         _check_ranks(config, self.stream, world.size)
-        if config.class_costs and len(config.class_costs) != self.stream.n_classes:
-            raise ValueError(
-                f"class_costs must be a cost for each of {self.stream.n_classes} classes, got {config.class_costs}"
-            )
+        if config.defect_class is not None and not 0 <= config.defect_class < self.stream.n_classes:
+            raise ValueError(f"defect_class must be in 0..{self.stream.n_classes - 1}, got {config.defect_class}")
         self.pretrain_images = pretrain_images(config, self.stream, data_root)
         fixed = {k: draw_fixed(config, self.stream, k) for k in config.n_negatives}
         self.recorders = [

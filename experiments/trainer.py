@@ -20,6 +20,10 @@ from experiments.seeds import derive, torch_generator
 from experiments.world import ALONE, World
 
 
+class DivergedError(ValueError):
+    """Of several ranks perhaps of this one alone."""
+
+
 class Rows(NamedTuple):
     """What a task is trained on, on the training device: its own images first, then those of the buffer.
 
@@ -162,9 +166,9 @@ class TaskTrainer:
         self.optimizer.step()
 
     def _check_finite(self, number: int, *values: Tensor) -> None:
-        """Raises ValueError with the remedy if the run has diverged: before a checkpoint of it is saved."""
+        """Raises DivergedError with the remedy: before a checkpoint of it is saved."""
         if not all(value.isfinite().all() for value in values):
-            raise ValueError(
+            raise DivergedError(
                 f"the run diverged (NaN, infinity or overflow) in task {self.task}, epoch {number + 1}: lower "
                 f"learning_rate (now {self.config.learning_rate:g})"
             )

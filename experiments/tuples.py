@@ -21,7 +21,7 @@ from cila_bound import Geometry, Statistic, TupleValues
 class Tuples:
     """``index`` (n, 2 + K) into a split: anchor, positive, negatives; ``n_effective``: disjoint tuples in one round;
     ``block``: so many consecutive ones, a turn of anchor classes, have the task's mean on average whatever came before;
-    None for more than two classes, where the negatives' classes depend on those drawn before.
+    None for more than two classes, where the negatives' classes depend on those drawn before, or less than a turn.
     """
 
     index: np.ndarray
@@ -49,10 +49,10 @@ def draw_tuples(
             f"{n_negatives} negatives of other classes: give more samples or lower n_negatives"
         )
     counts = np.unique(labels, return_counts=True)[1]
-    turn = min(int(np.sum(counts > 1)), size)
-    size -= size % turn
+    turn = int(np.sum(counts > 1))
+    size -= size % turn if size > turn else 0
     index = np.array([row for part in drawn for row in part[:size]], dtype=np.int64)
-    return Tuples(index, size, turn if len(counts) == 2 else None)
+    return Tuples(index, size, turn if len(counts) == 2 and size >= turn else None)
 
 
 def _one_round(labels: np.ndarray, n_negatives: int, rng: np.random.Generator, limit: int) -> list[list[int]]:

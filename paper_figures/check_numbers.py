@@ -204,8 +204,8 @@ def _bound(name: str, check: dict[str, Any], runs: list[Run]) -> dict[str, Any] 
     }
     if step == "theorem1":
         return result
-    rows = sum(other != "theorem1" for other, _ in _BOUNDS.values())  # the reader takes the tightest of them
-    level = {"confidence": check["confidence"], "selections": rows * check["selections"]}
+    rows = sum(other != "theorem1" for other, _ in _BOUNDS.values())  # they share delta: the reader takes the tightest
+    level = {"confidence": 1.0 - (1.0 - check["confidence"]) / rows, "selections": check["selections"]}
     certificates = [certify(log, step, chain=chain, **level) for log in logs]
     uppers = np.array([c.per_task for c in certificates])
     needed = {

@@ -20,7 +20,7 @@ METHODS = (
 )
 PRINCIPAL = METHODS[:4]
 _FREE = {"seed", "device", "threads", "precision", "compile"}
-_MEASURING = {"theory_temperatures", "n_negatives", "log_tuples", "class_costs"}
+_MEASURING = {"theory_temperatures", "n_negatives", "log_tuples", "defect_class", "miss_cost", "alarm_cost"}
 _KEYS = {"study", "variant", "config", "tasks", "accuracy"}
 _SCORES = {"accuracy_matrix", "average_accuracy", "forgetting", "backward_transfer"}
 

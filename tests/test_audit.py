@@ -211,25 +211,25 @@ def test_a_run_goes_back_and_on_to_the_same_numbers(run: Path, finished: Path) -
     assert before["accuracy"] == after["accuracy"]
 
 
-@pytest.mark.parametrize("after", ["audit", "metrics", "checkpoint"])
+@pytest.mark.parametrize("after", ["metrics", "audit", "checkpoint"])
 def test_a_crash_while_going_back_leaves_a_run_that_goes_on_from_there(
     after: str, run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the audit entry, after metrics.json was removed, and before the logs were cut."""
+    """After metrics.json was removed, after the audit entry, and before the logs were cut."""
 
     def crash(*_: Any, **__: Any) -> None:
         raise StopIteration
 
     with monkeypatch.context() as patch:
-        if after == "audit":
-            patch.setattr(Path, "unlink", crash)
-        elif after == "metrics":
+        if after == "metrics":
+            patch.setattr("experiments.rollback.audit.append", crash)
+        elif after == "audit":
             patch.setattr("experiments.rollback.write_atomic", crash)
         else:
             patch.setattr("experiments.rollback.LossLogWriter", crash)
         with pytest.raises(StopIteration):
             rollback(run, 2)
-    assert [e.task for e in audit.standing(audit.verify(run))] == [1, 2]
+    assert [e.task for e in audit.standing(audit.verify(run))] == ([1, 2, 3, 4, 5] if after == "metrics" else [1, 2])
     train.run(CONFIG, run, show_progress=False)
     assert (run / "losses.jsonl").read_bytes() == (finished / "losses.jsonl").read_bytes()
     assert [e.task for e in audit.standing(audit.verify(run))] == [1, 2, 3, 4, 5]
@@ -409,3 +409,21 @@ def test_a_gated_run_resumes_to_the_same_decisions(tmp_path: Path, monkeypatch: 
 def test_options_of_the_gate_are_checked(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+def test_back_to_the_last_task_and_finished_again_is_finished(run: Path) -> None:
+    rollback(run, 5)
+    assert not (run / "metrics.json").exists()
+    metrics = train.run(CONFIG, run, show_progress=False)
+    written = (run / "metrics.json").stat().st_mtime_ns
+    assert train.run(CONFIG, run, show_progress=False) == metrics
+    assert (run / "metrics.json").stat().st_mtime_ns == written
+    audit.verify(run)
+
+
+def test_lines_cut_off_after_a_rollback_are_missed(run: Path) -> None:
+    rollback(run, 2)
+    train.run(CONFIG, run, show_progress=False)
+    (run / audit.FILE).write_text("".join(lines(run)[:-3]))  # down to the rollback
+    with pytest.raises(audit.AuditError, match="ends with task 2, but the run is finished and has 5 tasks"):
+        audit.verify(run)

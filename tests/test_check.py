@@ -60,7 +60,8 @@ def test_everything_is_there(done: Path) -> None:
     assert report["violations"] == []
     assert "<html" in (folder / "report.html").read_text()
     planned = json.loads((folder / "check.json").read_text())
-    assert all(run["class_costs"] == [5.0, 5.0, 100.0, 5.0] for run in planned["runs"])  # one, three, two, zero
+    costs = [(run["defect_class"], run["miss_cost"], run["alarm_cost"]) for run in planned["runs"]]
+    assert costs == [(2, 100.0, 5.0)] * 3  # classes: one, three, two, zero
     runs = sorted((folder / "runs").glob("*/*"))
     assert len(runs) == report["selections"] == 3
     for run in runs:
@@ -106,10 +107,13 @@ def test_data_that_have_changed_need_another_folder(
 def test_a_folder_is_told_from_another_by_its_files(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/one.png").write_bytes(b"1")
-    before = check._fingerprint(tmp_path)
-    assert check._fingerprint(tmp_path) == before
+    before = check._fingerprint(tmp_path, tmp_path / "a/out")
+    assert check._fingerprint(tmp_path, tmp_path / "a/out") == before
+    (tmp_path / "a/out").mkdir()
+    (tmp_path / "a/out/page.png").write_bytes(b"3")
+    assert check._fingerprint(tmp_path, tmp_path / "a/out") == before
     (tmp_path / "a/two.png").write_bytes(b"2")
-    assert check._fingerprint(tmp_path) != before
+    assert check._fingerprint(tmp_path, tmp_path / "a/out") != before
 
 
 def test_paths_may_be_relative(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +148,7 @@ REQUEST = Request(
         ({"miss_cost": 3.0}, "defect, miss_cost and alarm_cost go together"),
         ({"defect": "two"}, "defect, miss_cost and alarm_cost go together"),
         ({"defect": "two", "miss_cost": -1.0, "alarm_cost": 1.0}, "miss_cost must be finite and >= 0, got -1.0"),
+        ({"defect": "two", "miss_cost": 0.0, "alarm_cost": 0.0}, "miss_cost and alarm_cost are 0 both"),
         ({"defect": "ten", "miss_cost": 9.0, "alarm_cost": 1.0}, "defect must be one of the classes one, .* got 'ten'"),
         ({"confidence": 1.5}, "confidence must be in"),
         ({"temperature": -1.0}, "temperature"),

@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,16 @@ from cila_bound.report import Report
 from experiments import methods, scores, train
 from experiments.config import RunConfig
 from experiments.directory import Progress, log_names
-from experiments.evaluate import accuracy, average_accuracy, backward_transfer, confusion, forgetting, linear_probe
+from experiments.evaluate import (
+    Costs,
+    accuracy,
+    average_accuracy,
+    backward_transfer,
+    cheapest,
+    forgetting,
+    likeliest,
+    linear_probe,
+)
 from experiments.methods import METHODS
 from experiments.presets import PRESETS, preset
 from experiments.streams import build_stream
@@ -73,8 +83,7 @@ def test_metrics_against_hand_computation() -> None:
         ({"momentum": -0.1}, "momentum must be in"),
         ({"weight_decay": -1e-4}, "weight_decay must be finite and >= 0, got -0.0001"),
         ({"weight_decay": float("inf")}, "weight_decay must be finite and >= 0, got inf"),
-        ({"class_costs": (1.0, -1.0)}, "class_costs must be finite and >= 0, not all 0, got .1.0, -1.0."),
-        ({"class_costs": (0.0, 0.0)}, "class_costs must be finite and >= 0, not all 0"),
+        ({"miss_cost": -1.0}, "miss_cost must be finite and >= 0, got -1.0"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"label_noise": 0.51}, "label_noise must be in \\[0, 0.5\\], got 0.51"),
         ({"label_noise": -0.1}, "label_noise must be in"),
@@ -229,33 +238,61 @@ def test_prices_per_task_are_logged_as_shares_of_the_distillation(
     assert products == pytest.approx(sizes / sizes.sum() * prices, rel=1e-9)
 
 
-@pytest.mark.parametrize("costs", [(), (1.0, 1.0, 1.0), (50.0, 5.0, 5.0), (0.0, 1.0, 3.0)])
-def test_decisions_have_the_least_expected_cost(costs: tuple[float, ...]) -> None:
-    """Of all decisions, given the softmax of the known classes."""
-    logits = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-    labels = np.arange(200) % 3
-    for known in ({0, 1, 2}, {0, 2}):
-        expected = np.zeros((3, 3), int)
-        for row, label in zip(logits.double().numpy(), labels, strict=True):
+@pytest.mark.parametrize("costs", [Costs(0, 1.0, 1.0), Costs(1, 50.0, 5.0), Costs(2, 0.0, 1.0), Costs(0, 1.0, 0.0)])
+def test_decisions_have_the_least_expected_cost(costs: Costs) -> None:
+    """Of all decisions, given the softmax of the known classes; errors among other classes cost nothing."""
+    logits = 2 * torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    for known in ({0, 1, 2, 3}, {costs.defect, 3}):
+        expected = []
+        for row in logits.double().numpy():
             chance = {c: np.exp(row[c]) for c in known}
-            cost = {d: sum(chance[c] * (costs or (1, 1, 1))[c] for c in known if c != d) for d in known}
-            expected[label, min(cost, key=cost.__getitem__)] += 1
-        assert confusion(logits, labels, known, 3, costs).tolist() == expected.tolist()
+            others = sum(p for c, p in chance.items() if c != costs.defect)
+            price = dict.fromkeys(known, costs.miss * chance[costs.defect])  # of every decision
+            price[costs.defect] = costs.alarm * others
+            expected.append(min(price, key=lambda c: (price[c], -chance[c])))
+        assert cheapest(logits, known, costs).tolist() == expected
+    assert cheapest(logits, {costs.defect}, costs).tolist() == [costs.defect] * 300
+    unknown = {0, 1, 2, 3} - {costs.defect}
+    assert (cheapest(logits, unknown, costs) == likeliest(logits, unknown)).all()
 
 
 def test_costs_of_errors_change_decisions_and_no_accuracy(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, n_tasks=2)
-    costs = (1.0, 1000.0, *[1.0] * 8)
     plain, priced = (
-        train.run(dataclasses.replace(config, class_costs=c), tmp_path / str(len(c)), show_progress=False)
-        for c in ((), costs)
+        train.run(dataclasses.replace(config, **change), tmp_path / str(len(change)), show_progress=False)
+        for change in ({}, {"defect_class": 1, "miss_cost": 1000.0})
     )
     assert (plain["accuracy"], plain["variant"]) == (priced["accuracy"], priced["variant"])
     table, other = (np.array(metrics["confusion"]["last"][0]) for metrics in (plain, priced))
     assert table.sum(1).tolist() == other.sum(1).tolist()
     assert other[:, 1].sum() > table[:, 1].sum()
-    with pytest.raises(ValueError, match=r"class_costs must be a cost for each of 10 classes, got \(1.0, 2.0\)"):
-        train.run(dataclasses.replace(config, class_costs=(1.0, 2.0)), tmp_path / "no", show_progress=False)
+    with pytest.raises(ValueError, match=r"defect_class must be in 0\.\.9, got 10"):
+        train.run(dataclasses.replace(config, defect_class=10), tmp_path / "no", show_progress=False)
+
+
+@pytest.mark.parametrize("kind", ["class-incremental", "domain-incremental"])
+def test_decisions_know_how_frequent_classes_are(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A representation that says nothing: the corrected softmax is the share of each class in the tasks' training
+    images, though the probe was trained on balanced classes or tasks, and on a buffer with other shares.
+    """
+    base = TINY if kind == "class-incremental" else ROTATED
+    config = dataclasses.replace(base, n_tasks=2, imbalance=9.0, probe_epochs=100)
+    run = train._Run(config, tmp_path, tmp_path)
+    run.buffer.add(run.stream, 1, np.random.default_rng(0))
+    snapshot = run._snapshot(run.model)
+    blind = snapshot.of(run.stream.tasks[0].train.images).representation
+
+    def of(_: Any, images: np.ndarray) -> SimpleNamespace:
+        return SimpleNamespace(representation=blind[:1].expand(len(images), -1))
+
+    monkeypatch.setattr(type(snapshot), "of", of)
+    monkeypatch.setattr(type(snapshot), "split", lambda _, task, name: of(_, run.stream.tasks[task - 1].train.images))
+    probe, known, shift = scores._probe(config, run.stream, run.buffer, 2, snapshot, torch.device("cpu"))
+    share = np.mean([np.bincount(t.train.labels, minlength=10) / len(t.train.labels) for t in run.stream.tasks], 0)
+    found = (probe(blind[:1]) + shift).softmax(1)[0].numpy()
+    assert known == set(np.flatnonzero(share))
+    assert found == pytest.approx(share, abs=0.04)
+    assert probe(blind[:1]).softmax(1)[0].numpy() != pytest.approx(share, abs=0.04)
 
 
 def test_linear_probe_separates_what_is_separable_and_balances_classes() -> None:
