@@ -26,6 +26,7 @@ from experiments.config import RunConfig, read_json
 from experiments.methods import MethodName
 from experiments.models import ModelName
 from experiments.sources import Prepared, prepare
+from experiments.streams import build_stream
 from experiments.sweep import sweep
 from experiments.train import run as train
 
@@ -37,6 +38,7 @@ STAGES: dict[MethodName, str] = {
 }
 _FEWEST, _MOST = 5, 50  # epochs on a later task; twice as many on the first
 _MINUTES = 7 * 24 * 60
+_AROUND = 25.0  # seconds for starting the program and its workers, and for the report
 _ENOUGH = 10  # epochs that are worth more than another seed
 
 
@@ -111,6 +113,7 @@ def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any
     base = _base(request, prepared, folder / f"{folder.name}.npz")
     stages = stages_of(prepared.n_tasks)
     plan = _plan(base, request, prepared, len(stages))
+    plan["old_images"] = sum(len(task.train.labels) for task in build_stream(base, Path()).tasks[:-1])
     runs = [
         dataclasses.replace(
             base, method=method, seed=seed, epochs_first=2 * plan["epochs"], epochs=plan["epochs"]
@@ -185,7 +188,7 @@ def _plan(base: RunConfig, request: Request, prepared: Prepared, n_stages: int) 
     overhead = max(time.perf_counter() - start - training, 0.0)
     of_tasks = prepared.counts.sum(axis=1)
     per_epoch = training * (1 + of_tasks[0] / of_tasks.sum())  # twice as many epochs on the first task
-    left = max(60.0 * request.minutes - (time.perf_counter() - start), 0.0) * 0.9 * request.jobs / n_stages
+    left = max(60.0 * request.minutes - (time.perf_counter() - start) - _AROUND, 0.0) * 0.9 * request.jobs / n_stages
 
     def affordable(seeds: int) -> int:
         return math.floor((left / seeds - overhead) / per_epoch)
@@ -194,7 +197,7 @@ def _plan(base: RunConfig, request: Request, prepared: Prepared, n_stages: int) 
     epochs = min(max(affordable(seeds), _FEWEST), _MOST)
     if epochs == _MOST:
         seeds = next((n for n in (5, 4, 3, 2) if affordable(n) >= _MOST), seeds)
-    expected = (overhead + epochs * per_epoch) * seeds * n_stages / request.jobs / 60.0
+    expected = ((overhead + epochs * per_epoch) * seeds * n_stages / request.jobs + _AROUND) / 60.0
     return {
         "stages": n_stages,
         "minutes": request.minutes,
@@ -226,6 +229,11 @@ def _in_words(plan: dict[str, Any]) -> str:
     text = f"{plan['stages']} methods x {seeds}, {epochs}, about {plan['expected_minutes']:g} minutes"
     if plan["too_short"]:
         text += f": the least that makes sense, though {plan['minutes']:g} were allowed"
+    if plan["buffer_size"] >= plan["old_images"]:
+        text += (
+            f"; the buffer of {plan['buffer_size']:,} holds all {plan['old_images']:,} training images of earlier "
+            "tasks, so that nothing has to be forgotten: consider a smaller --buffer-size"
+        )
     return text
 
 

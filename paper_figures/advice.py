@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 _WELL_CLEAR = 0.005  # a smaller change of accuracy is not worth a word
+_MANY = 1_000_000  # tuples
 
 
 def headline(found: dict[str, Any]) -> list[str]:
@@ -13,16 +14,17 @@ def headline(found: dict[str, Any]) -> list[str]:
     last, first = found["stages"][-1], found["stages"][0]
     lines = [
         f"After the last task {last['variant']} classifies {_percent(last['accuracy'])} of all tasks' held-out and "
-        f"test images correctly, {first['variant']} ({first['adds']}) {_percent(first['accuracy'])}; it has lost "
-        f"{_points(last['forgetting'])} since its best on each task, {first['variant']} {_points(first['forgetting'])}."
+        f"test images correctly, {first['variant']} ({first['adds']}) {_percent(first['accuracy'])}; since its "
+        f"best on each earlier task it has lost {_points(last['forgetting'])}, {first['variant']} "
+        f"{_points(first['forgetting'])}."
     ]
     kpi = found["kpi"]
     if kpi is not None:
         best = min(found["stages"], key=lambda stage: stage["cost"]["mean"])
-        trivial = min(_average(kpi["all_pass"]), _average(kpi["none_pass"]))
+        trivial = _average([min(both) for both in zip(kpi["all_pass"], kpi["none_pass"], strict=True)])
         lines.append(
             f"The cheapest is {best['variant']}: {_number(best['cost'])} per 1,000 items, mean over tasks, against "
-            f"{short(trivial)} without any model (the cheaper of passing all and none)."
+            f"{short(trivial)} without any model (on each task the cheaper of passing all and none)."
         )
     lines.append(_guarantee(found))
     return lines
@@ -34,8 +36,8 @@ def _guarantee(found: dict[str, Any]) -> str:
     level, n_tasks = f"{100 * found['confidence']:g}%", len(found["tasks"])
     loss = found["stages"][-1]["loss"]["mean"]
     text = (
-        f"With {level} confidence the contrastive loss of {found['bounds_of']}, {loss:.3g} nats a task as measured, is "
-        f"at most {tightest['certified']['mean']:.3g} ({tightest['name']})"
+        f"With {level} confidence the contrastive loss of {found['bounds_of']}, {loss:.3g} nats a task on test tuples, "
+        f"is at most {tightest['certified']['mean']:.3g} ({tightest['name']})"
     )
     if tightest["below_ceiling"] == 0:
         return f"{text}, which is the ceiling: nothing is guaranteed with so few held-out tuples."
@@ -61,62 +63,75 @@ def _failures(found: dict[str, Any]) -> list[str]:
 
 
 def _sample(found: dict[str, Any]) -> list[str]:
-    """How many held-out tuples the moment bound's last step would take, by Chernoff's bound."""
+    """How many held-out tuples a certificate would take, by the bound that takes fewest (by Chernoff's bound)."""
     texts = []
     fewest, per_tuple = min(found["n_tuples"]), found["geometry"]["n_negatives"] + 2
-    bounds = {bound["name"]: bound for bound in found["bounds"]}
-    moment = bounds["moment, last step"]
-    for word, meaning in (("ceiling", "below its ceiling"), ("chance", "below chance")):
-        reached = moment["below_ceiling"] if word == "ceiling" else moment["below_chance"]
-        if reached == len(found["tasks"]):
+    bounds = [bound for bound in found["bounds"] if bound["certified"] is not None]
+    for word, meaning in (("ceiling", "below the ceiling"), ("chance", "below chance")):
+        if max(bound[f"below_{word}"] for bound in bounds) == len(found["tasks"]):
             continue
-        needed = moment["needed"][word]
-        if needed is None:
+        needed = {b["name"]: n for b in bounds if (n := b["needed"][word]) is not None and n <= _MANY}
+        if not needed:
             texts.append(
-                f"No number of held-out images would take the last moment step {meaning} on every task while losses "
-                "and drift stay what they are: train longer, or let the model drift less (more distillation, more "
-                "rehearsal)."
+                f"No number of held-out images (up to {_MANY:,} tuples a task) would certify a loss {meaning} on every "
+                "task while losses and drift stay what they are: train longer, or let the model drift less (more "
+                "distillation, more rehearsal)."
             )
             break
-        if needed > fewest:
+        cheapest = min(needed, key=needed.__getitem__)
+        if needed[cheapest] > fewest:
             texts.append(
-                f"To certify the last moment step {meaning} on every task, hold out more: about {needed:,} independent "
-                f"tuples a task, where the smallest task has {fewest:,} now ({per_tuple * needed:,} held-out images if "
-                "classes are balanced, more if one is rare)."
+                f"To certify a loss {meaning} on every task, hold out more: about {needed[cheapest]:,} independent "
+                f"tuples a task ({cheapest}), where the smallest task has {fewest:,} now "
+                f"({per_tuple * needed[cheapest]:,} held-out images if classes are balanced, more if one is rare)."
             )
     return texts
 
 
 def _parts(found: dict[str, Any]) -> list[str]:
-    """What each part is worth, if it can be told."""
+    """What each part is worth, if it can be told: by cost or accuracy, and what else it changes beyond doubt."""
     texts = []
+    first = "cost" if found["kpi"] is not None else "accuracy"
     for part in found["parts"]:
-        name, unit = ("cost", "") if found["kpi"] is not None else ("accuracy", " points")
-        change = part[name]
-        if change["low"] is None:
+        if part[first]["low"] is None:
             continue
-        scale = 1.0 if name == "cost" else 100.0
-        better = (change["high"] < 0.0) if name == "cost" else (change["low"] > 0.0)
-        worse = (change["low"] > 0.0) if name == "cost" else (change["high"] < 0.0)
-        mean, low, high = (short(scale * change[end], sign="+") for end in ("mean", "low", "high"))
-        interval = f"{mean}{unit} [{low}, {high}]"
         what = f"{part['after']} ({part['adds']}) against {part['before']}"
-        if better:
-            texts.append(f"Keep it: {what}, {name} {interval} over {change['n']} seeds.")
-        elif worse:
-            texts.append(f"Leave it out: {what}, {name} {interval} over {change['n']} seeds.")
+        interval = f"{first} {_interval(part[first], first)} over {part[first]['n']} seeds"
+        other = [name for name in ("accuracy", "forgetting", "loss") if name != first and _shown(part[name])]
+        also = f" But {', '.join(f'{name} {_interval(part[name], name)}' for name in other)}." if other else ""
+        if not _shown(part[first]):
+            texts.append(f"No difference in {first} shown: {what}, {interval}.{also}")
+        elif (part[first]["mean"] > 0.0) == (first == "accuracy"):
+            texts.append(f"Keep it: {what}, {interval}.{also.replace('But', 'Also')}")
         else:
-            texts.append(f"No difference shown: {what}, {name} {interval} over {change['n']} seeds.")
+            texts.append(f"Leave it out: {what}, {interval}.{also}")
     return texts
 
 
+def _shown(change: dict[str, Any]) -> bool:
+    """Whether the interval excludes zero."""
+    return bool(change["low"] > 0.0 or change["high"] < 0.0)
+
+
+def _interval(change: dict[str, Any], name: str) -> str:
+    scale, unit = {"cost": (1.0, ""), "loss": (1.0, " nats")}.get(name, (100.0, " points"))
+    mean, low, high = (short(scale * change[end], sign="+") for end in ("mean", "low", "high"))
+    return f"{mean}{unit} [{low}, {high}]"
+
+
 def _forgetting(found: dict[str, Any]) -> list[str]:
-    last = found["stages"][-1]
+    last, plan = found["stages"][-1], found["plan"]
     lost = last["forgetting"]["mean"]
+    if plan["buffer_size"] >= plan["old_images"]:
+        return [
+            f"The buffer of {plan['buffer_size']:,} images holds all {plan['old_images']:,} training images of earlier "
+            "tasks, so that nothing has to be forgotten: repeat with a smaller --buffer-size to see what the parts do."
+        ]
     if lost > 0.05:
         return [
             f"{last['variant']} still loses {_points(last['forgetting'])} on old tasks: try a larger buffer "
-            f"({found['plan']['buffer_size']} images now) before anything else."
+            f"({plan['buffer_size']:,} of {plan['old_images']:,} training images of earlier tasks now) before anything "
+            "else."
         ]
     if abs(lost) < _WELL_CLEAR:
         return [f"{last['variant']} forgets next to nothing here: effort is better spent on accuracy on new tasks."]
@@ -134,11 +149,23 @@ def _bounds(found: dict[str, Any]) -> list[str]:
             f"{chain['estimate']['mean']:.3g} nats a task (ceiling {ceiling:.3g}); measured anew before the last update"
             f" it is {step['estimate']['mean']:.3g}: keep held-out images of old tasks and measure them every time."
         )
-    theorem = bounds["Theorem 1 form"]["estimate"]["mean"]
+    theory = min((b for b in bounds.values() if b["certified"] and b["step"] != "direct"), key=_certified)
+    direct = bounds["measured directly"]
+    if _certified(direct) < _certified(theory):
+        texts.append(
+            f"Where held-out images of old tasks are at hand, measuring the new model on them certifies most "
+            f"({_certified(direct):.3g} nats a task, against {_certified(theory):.3g} by the {theory['name']}): the "
+            "other bounds are for whoever has the old model's loss and the drift, but not the new model's loss."
+        )
+    theorem = bounds["Theorem 1 form"]["formula"]["mean"]
     if theorem is None or theorem > ceiling:
         value = "infinite" if theorem is None else f"{theorem:.3g} nats a task, above the ceiling of {ceiling:.3g}"
         texts.append(f"Training losses alone guarantee nothing here (the Theorem 1 form is {value}).")
     return texts
+
+
+def _certified(bound: dict[str, Any]) -> float:
+    return float(bound["certified"]["mean"])
 
 
 def _seeds(found: dict[str, Any]) -> list[str]:

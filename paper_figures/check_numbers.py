@@ -198,7 +198,8 @@ def _bound(name: str, check: dict[str, Any], runs: list[Run]) -> dict[str, Any] 
         "name": name,
         "step": step,
         "chain": chain,
-        "estimate": _summary([e.unclipped_total / last for e in estimates]),
+        "estimate": _summary([e.total / last for e in estimates]),
+        "formula": _summary([e.unclipped_total / last for e in estimates]),
         "estimate_per_task": [_summary([e.per_task[i] for e in estimates]) for i in range(last)],
         "certified": None,
     }

@@ -39,7 +39,7 @@ CHECK: dict[str, Any] = {
     "selections": 12,
     "defect": "bad",
     "costs": {"miss": 100.0, "alarm": 7.0},
-    "plan": {"minutes": 10.0, "seeds": 3, "epochs": 20, "buffer_size": 200, "too_short": False},
+    "plan": {"minutes": 10.0, "seeds": 3, "epochs": 20, "buffer_size": 200, "old_images": 500, "too_short": False},
 }
 
 
@@ -233,7 +233,10 @@ def test_advice_follows_the_numbers(found: dict[str, Any]) -> None:
 
     def part(low: float, mean: float, high: float) -> dict[str, Any]:
         interval = {"low": low, "mean": mean, "high": high, "n": 3}
-        return dict(found["parts"][0]) | {"cost": interval, "accuracy": interval}
+        undecided = {"low": -0.1, "mean": 0.0, "high": 0.1, "n": 3}
+        return dict(found["parts"][0]) | {
+            "cost": interval, "accuracy": interval, "forgetting": undecided, "loss": undecided
+        }  # fmt: skip
 
     for interval, expected in (
         (
@@ -241,31 +244,56 @@ def test_advice_follows_the_numbers(found: dict[str, Any]) -> None:
             "Keep it: contrastive-only (+ contrast with a rehearsal buffer) against finetune, cost -20",
         ),
         ((10.0, 20.0, 30.0), "Leave it out: "),
-        ((-5.0, 1.0, 8.0), "No difference shown: "),
+        ((-5.0, 1.0, 8.0), "No difference in cost shown: "),
     ):
         assert any(text.startswith(expected) for text in advice(change(parts=[part(*interval)])))
     for interval, expected in (((0.01, 0.02, 0.03), "Keep it: "), ((-0.03, -0.02, -0.01), "Leave it out: ")):
         texts = advice(change(parts=[part(*interval)], kpi=None))
         assert any(text.startswith(expected) and "accuracy" in text and "points" in text for text in texts)
 
+    lower = part(-0.05, 0.01, 0.08) | {"loss": {"low": -0.3, "mean": -0.2, "high": -0.1, "n": 3}}
+    texts = advice(change(parts=[lower], kpi=None))
+    assert any(
+        t.startswith("No difference in accuracy shown") and "But loss -0.200 nats [-0.300, -0.100]" in t for t in texts
+    )
+
     def last_stage(**values: Any) -> list[dict[str, Any]]:
         return [*found["stages"][:-1], found["stages"][-1] | values]
 
     assert any(
-        "try a larger buffer (200 images" in t for t in advice(change(stages=last_stage(forgetting=summary(0.2))))
+        "try a larger buffer (200 of 500 training images" in t
+        for t in advice(change(stages=last_stage(forgetting=summary(0.2))))
     )
+    plan = found["plan"] | {"old_images": 200}
+    texts = advice(change(stages=last_stage(forgetting=summary(0.2)), plan=plan))
+    assert any("holds all 200 training images of earlier tasks" in text for text in texts)
+    assert not any("try a larger buffer" in text for text in texts)
     assert any("forgets next to nothing" in t for t in advice(change(stages=last_stage(forgetting=summary(0.001)))))
 
-    def with_moment(**values: Any) -> list[dict[str, Any]]:
-        return [b | values if b["name"] == "moment, last step" else b for b in found["bounds"]]
+    def with_bounds(pointwise: int | None = None, **values: Any) -> list[dict[str, Any]]:
+        """The same for all that can be certified, but the number of tuples for chance of one of them."""
+        changed = [b | values if b["certified"] else b for b in found["bounds"]]
+        fewer = {"needed": values["needed"] | {"chance": pointwise}} if pointwise else {}
+        return [b | fewer if b["step"] == "pointwise" else b for b in changed]
 
-    needed = {"ceiling": 1234, "chance": None}
-    texts = advice(change(bounds=with_moment(below_ceiling=1, below_chance=0, needed=needed)))
-    assert any("1,234 independent tuples a task, " in text and "3,702 held-out images if" in text for text in texts)
-    never = "No number of held-out images would take the last moment step "
+    needed = {"ceiling": 1234, "chance": 2_000_000}
+    texts = advice(change(bounds=with_bounds(below_ceiling=1, below_chance=0, needed=needed)))
+    assert any("1,234 independent tuples a task (" in text and "3,702 held-out images if" in text for text in texts)
+    never = "No number of held-out images (up to 1,000,000 tuples a task) would certify a loss "
     assert any(text.startswith(never + "below chance on every task") for text in texts)
-    texts = advice(change(bounds=with_moment(below_ceiling=3, below_chance=3)))
+    texts = advice(change(bounds=with_bounds(pointwise=999, below_ceiling=3, below_chance=0, needed=needed)))
+    assert any(
+        "below chance on every task, hold out more: about 999 independent tuples a task (poi" in t for t in texts
+    )
+    texts = advice(change(bounds=with_bounds(below_ceiling=3, below_chance=3, needed=needed)))
     assert not any(text.startswith(never) or "hold out more" in text for text in texts)
+    direct = "measuring the new model on them certifies most (0.5 nats a task, against 0.7 by the "
+    certified = [
+        b | {"certified": b["certified"] and summary(0.5 if b["step"] == "direct" else 0.7)} for b in with_bounds()
+    ]
+    assert any(direct in text for text in advice(change(bounds=certified)))
+    equal = [b | {"certified": b["certified"] and summary(0.5)} for b in with_bounds()]
+    assert not any("measuring the new model on them" in text for text in advice(change(bounds=equal)))
     assert any("were copies of training images" in text for text in advice(change(leaked=4)))
     plan = found["plan"] | {"too_short": True}
     assert any("Training was cut short (10 minutes allowed)" in text for text in advice(change(plan=plan)))
