@@ -158,8 +158,9 @@ def certify(
         raise ValueError(f"after_task must be in 1..{len(log.header.tasks)} and logged, got {last}")
     if confidence is not None:
         _check_confidence(confidence, selections, step, data, standard_errors, rounding)
-    elif selections != 1:
-        raise ValueError(f"selections = {selections} needs a confidence, such as 0.95: a plug-in has no level to share")
+    elif selections != 1 or inequality != "auto":
+        given = f"selections = {selections}" if selections != 1 else f'inequality = "{inequality}"'
+        raise ValueError(f"{given} needs a confidence, such as 0.95: a plug-in estimate has no level")
 
     if step == "theorem1":
         return _of_theorem1(log, last, chain)

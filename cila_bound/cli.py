@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--inequality",
         choices=get_args(Inequality),
         default="auto",
-        help="of the confidence bounds (default: betting where values of single tuples are logged, else chernoff)",
+        help="of the confidence bounds (default: betting where single tuples and block are logged, else chernoff)",
     )
     add(
         "--selections",

@@ -51,12 +51,12 @@ class Report:
         step that was asked for lacks records.
         """
         options: dict[str, Any] = {"data": data, "after_task": after_task, "rigorous": rigorous}
-        if confidence is not None:
-            options |= {"confidence": confidence, "inequality": inequality, "selections": selections}
+        options |= {"confidence": confidence, "inequality": inequality, "selections": selections}
         if log.last_task == 0:
             raise ValueError("the log holds a header and no records: train at least one task")
         certificates: list[Certificate] = []
         skipped: list[str] = []
+        lacking: dict[str, None] = {}
         for chain in chains:
             for step in steps or get_args(StepName):
                 if (step, chain) in (("theorem1", "refreshed"), ("pointwise", "full"), ("direct", "full")):
@@ -72,11 +72,13 @@ class Report:
                     if steps:
                         raise
                     skipped.append(f"{step} ({chain}): {error}")
+                    lacking[str(error.args[0])] = None
         if not certificates:
-            reasons = skipped or [f"{', '.join(steps or ())} does not exist for the {', '.join(chains)} chain"]
-            earlier = log.last_task - 1 if after_task is None else 0
+            absent = f"{', '.join(steps or ())} does not exist for the {', '.join(chains)} chain"
+            cut_short = after_task is None and any(reason.startswith("the log has no record") for reason in lacking)
+            earlier = log.last_task - 1 if cut_short else 0
             remedy = f"; if the run was cut short, bound the model after task {earlier} (after_task)" if earlier else ""
-            raise ValueError(f"no bound can be evaluated: {reasons[0]}{remedy}")
+            raise ValueError(f"no bound can be evaluated: {'; '.join([*lacking][:3]) or absent}{remedy}")
         violations = [(c, violation) for c in certificates for violation in find_violations(log, c, sigmas)]
         return Report(log, certificates, violations, skipped, sigmas)
 

@@ -222,9 +222,10 @@ def _default(path: Path, class_names: Sequence[str]) -> TaskRule:
 def _groups(path: Path, class_names: Sequence[str], count: int) -> tuple[np.ndarray, tuple[str, ...]]:
     """The task of each class, and the names of the tasks."""
     if len(class_names) < 2 * count:
+        most = len(class_names) // 2
         raise ValueError(
-            f"{path} has {len(class_names)} classes, but classes:{count} needs two for each task: give at most "
-            f"classes:{len(class_names) // 2}, or other tasks"
+            f"{path} has {len(class_names)} classes, but classes:{count} needs two for each task: give "
+            f"{f'at most classes:{most}, or ' if most > 1 else ''}other tasks, such as order:2"
         )
     titles, tasks = [], np.empty(len(class_names), np.int64)
     for number, group in enumerate(np.array_split(np.arange(len(class_names)), count)):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cila_bound import Geometry
 from cila_bound.files import write_atomic
 from experiments.audit import file_sha256
 from experiments.config import RunConfig, read_json
@@ -242,6 +243,7 @@ def _check_request(request: Request) -> None:
         raise ValueError(f"minutes must be > 0 and at most {_MINUTES:,}, a week, got {request.minutes}")
     if request.jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {request.jobs}")
+    Geometry(request.temperature, 1)  # raises on an illegal one
     costs = {"miss_cost": request.miss_cost, "alarm_cost": request.alarm_cost}
     for name, cost in costs.items():
         if cost is not None and not (math.isfinite(cost) and cost >= 0):

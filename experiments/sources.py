@@ -16,7 +16,7 @@ from experiments.csv_files import read_csv
 from experiments.image_files import LAYOUTS, Labelled, read_folder, resized
 from experiments.limits import check_size
 from experiments.npz_files import features, listed, pixels, read_arrays, write_arrays
-from experiments.tables import Options, Source, Table, bytes_if_whole, from_matrix, parse_tasks
+from experiments.tables import LABELS, Options, Source, Table, bytes_if_whole, from_matrix, parse_tasks
 
 
 @dataclass(frozen=True)
@@ -145,14 +145,17 @@ def _read_npz(path: Path, options: Options) -> Source:
     images = (options.images or "x").removesuffix("_train")
     if images not in arrays:
         raise ValueError(
-            f"{path} has no array {images!r} but {listed(arrays)}: say which one holds the images (images)"
+            f"{path} has no array {images!r} but {listed(arrays)}: say which one holds the images with --images"
         )
     tested = f"{images}_test" in arrays
     n = len(arrays[images]) if arrays[images].ndim else 0
+    asked = options.label or next((name for name in LABELS if name in arrays), "")  # of whatever length: see below
     columns = [
         name
         for name, values in arrays.items()
-        if name != images and not name.endswith("_test") and values.shape in ((n,), (n, 1))
+        if name != images
+        and not name.endswith("_test")
+        and (values.shape in ((n,), (n, 1)) or (name == asked and values.ndim == 1))
     ]
     label, task = options.roles(path, columns)
     wanted = [images, label, *([task] if task else [])]

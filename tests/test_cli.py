@@ -1,5 +1,6 @@
 """The console command: its three exit statuses, its table and its JSON."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cila_bound import LossLog, Training, certify
+from cila_bound import LossLog, Measurement, Training, certify
 from cila_bound.cli import main
 from tests.simulate import simulate
 from tests.test_certificate import with_test_loss
@@ -169,3 +170,28 @@ def test_the_installed_command_runs(path: Path) -> None:
     result = subprocess.run([command, "evaluate", path], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "moment" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [(["--selections", "5"], "selections = 5"), (["--inequality", "hoeffding"], 'inequality = "hoeffding"')],
+)
+def test_what_only_a_certificate_has_is_refused_without_a_confidence(
+    options: list[str], given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "losses.jsonl"
+    simulate(2, 1, 0.5).write(path)
+    assert main(["evaluate", str(path), *options]) == 2
+    assert f"cila-bound: {given} needs a confidence, such as 0.95" in capsys.readouterr().err
+
+
+def test_all_that_lacks_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = simulate(2, 1, 0.5, n=20)
+    bare = LossLog(log.header)
+    for record in log.records:
+        bare.add(dataclasses.replace(record, tuples=None) if isinstance(record, Measurement) else record)
+    bare.write(tmp_path / "losses.jsonl")
+    assert main(["evaluate", str(tmp_path / "losses.jsonl"), "--confidence", "0.9", "--inequality", "betting"]) == 2
+    err = capsys.readouterr().err
+    assert "no bound can be evaluated: betting needs the contrastive of every tuple after task 1 on task 1" in err
+    assert "cut short" not in err

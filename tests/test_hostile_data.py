@@ -62,7 +62,7 @@ def with_one(values: np.ndarray, value: Any) -> np.ndarray:
         ({"x": X.astype(complex)}, "'x' has dtype complex128: give uint8"),
         ({"x": FEATURES * 1j}, "'x' has shape .48, 5. and dtype complex128: give images as"),
         ({"x": np.array(["a"] * 48)}, r"'x' has shape \(48,\)"),
-        ({"x": np.uint8(3)}, r"which column holds the labels. Give label, one of none"),
+        ({"x": np.uint8(3)}, r"array 'x' has shape \(\): give at least one image"),
         ({"x": X[:0], "y": Y[:0]}, r"'x' has shape \(0, 8, 8\): give at least one image"),
         (
             {"x": X[:, :3, :3]},
@@ -89,7 +89,7 @@ def with_one(values: np.ndarray, value: Any) -> np.ndarray:
             {"y": np.arange(48)},
             "task '1: 0 ... 9' has 1 samples of class '0', but needs 6: add some, leave the class out",
         ),
-        ({"y": Y[:47]}, "which column holds the labels"),
+        ({"y": Y[:47]}, "array 'y' has 47 values but 'x' 48: give one a sample"),
         ({"x_test": X[:8]}, "has 'x_test' but no 'y_test': add it, or remove 'x_test'"),
         ({"x_test": 255 - X, "y_test": Y[:47]}, "array 'y_test' has 47 values but 'x_test' 48: give one a sample"),
         ({"x_test": X[:, :4, :4], "y_test": Y}, r"test split have the shape \(1, 4, 4\), the others \(1, 8, 8\)"),
