@@ -14,8 +14,8 @@ def headline(found: dict[str, Any]) -> list[str]:
     last, first = found["stages"][-1], found["stages"][0]
     lines = [
         f"After the last task {last['variant']} classifies {_percent(last['accuracy'])} of all tasks' held-out and "
-        f"test images correctly, {first['variant']} ({first['adds']}) {_percent(first['accuracy'])}; since its "
-        f"best on each earlier task it has lost {_points(last['forgetting'])}, {first['variant']} "
+        f"test images correctly, {first['variant']} ({first['adds']}) {_percent(first['accuracy'])}; forgetting, "
+        f"from the best on each earlier task: {_points(last['forgetting'])}, {first['variant']} "
         f"{_points(first['forgetting'])}."
     ]
     kpi = found["kpi"]
