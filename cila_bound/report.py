@@ -166,7 +166,7 @@ class Report:
             tuples = "test tuples" if violation.measured_on == "test" else "the bound's own tuples"
             lines.append(
                 f"VIOLATED: {certificate.step} ({certificate.chain}), {violation.task}: loss {violation.measured:.6g} "
-                f"on {tuples} (margin {violation.margin:.2g}), {violation.side} bound {violation.bound:.6g} with its margin"
+                f"on {tuples} (margin {violation.margin:.2g}), {violation.side} bound {violation.bound:.6g} with its own"
             )
             if certificate.data == "training":
                 lines.append(

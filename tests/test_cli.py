@@ -37,7 +37,7 @@ def test_status_1_on_a_violation(path: Path, capsys: pytest.CaptureFixture[str])
     with_test_loss(log, 2, 0.9 * log.geometry.ceiling).write(path)
     assert main(["evaluate", str(path)]) == 1
     out = capsys.readouterr().out
-    assert "VIOLATED: moment (full), task 2: loss 3.61633 +- " in out
+    assert "VIOLATED: moment (full), task 2: loss 3.61633 on test tuples (margin " in out
     assert "hold on the measured" not in out
     assert main(["evaluate", str(path), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
