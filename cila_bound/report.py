@@ -165,8 +165,8 @@ class Report:
         for certificate, violation in self.violations:
             tuples = "test tuples" if violation.measured_on == "test" else "the bound's own tuples"
             lines.append(
-                f"VIOLATED: {certificate.step} ({certificate.chain}), {violation.task}: loss {violation.measured:.6g} on "
-                f"{tuples} (margin {violation.margin:.2g}), {violation.side} bound with its own {violation.bound:.6g}"
+                f"VIOLATED: {certificate.step} ({certificate.chain}), {violation.task}: loss {violation.measured:.6g} "
+                f"on {tuples} (margin {violation.margin:.2g}), {violation.side} bound {violation.bound:.6g}"
             )
             if certificate.data == "training":
                 lines.append(
