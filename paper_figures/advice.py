@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 _WELL_CLEAR = 0.005  # a smaller change of accuracy is not worth a word
-_MANY = 1_000_000  # tuples
+_MANY = 100_000  # tuples
 
 
 def headline(found: dict[str, Any]) -> list[str]:

@@ -279,7 +279,7 @@ def test_advice_follows_the_numbers(found: dict[str, Any]) -> None:
     needed = {"ceiling": 1234, "chance": 2_000_000}
     texts = advice(change(bounds=with_bounds(below_ceiling=1, below_chance=0, needed=needed)))
     assert any("1,234 independent tuples a task (" in text and "3,702 held-out images if" in text for text in texts)
-    never = "No number of held-out images (up to 1,000,000 tuples a task) would certify a loss "
+    never = "No number of held-out images (up to 100,000 tuples a task) would certify a loss "
     assert any(text.startswith(never + "below chance on every task") for text in texts)
     texts = advice(change(bounds=with_bounds(pointwise=999, below_ceiling=3, below_chance=0, needed=needed)))
     assert any(
