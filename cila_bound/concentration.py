@@ -206,7 +206,10 @@ def _check_level(delta: float, low: float, high: float) -> None:
 
 
 def _in_range(lower: np.ndarray, upper: np.ndarray, low: float, high: float) -> ConfidenceBounds:
-    """From shares of the range to values in it; 0-d arrays to floats."""
-    ends = [np.where(end < 1.0, np.clip(low + (high - low) * end, low, high), high) for end in (lower, upper)]
-    clipped = (np.where(share > 0.0, end, low) for share, end in zip((lower, upper), ends, strict=True))
-    return ConfidenceBounds(*(float(end) if np.ndim(end) == 0 else end for end in clipped))
+    """From shares of the range to values in it, exact at its ends; 0-d arrays to floats."""
+
+    def value(share: np.ndarray) -> np.ndarray:
+        inside = np.clip(low + (high - low) * share, low, high)
+        return np.where(share <= 0.0, low, np.where(share >= 1.0, high, inside))
+
+    return ConfidenceBounds(*(float(end) if np.ndim(end) == 0 else end for end in (value(lower), value(upper))))

@@ -112,7 +112,7 @@ class Inventory:
 
     def end(self, mean: Mean, side: Side) -> float:
         self.asked[*mean.record.key, mean.name, side] = None
-        return min(max(mean.statistic.mean, mean.low), mean.high)
+        return mean.within
 
 
 class Confidence:

@@ -50,13 +50,19 @@ class Report:
         Raises ValueError if nothing can be evaluated or what was asked for cannot be certified, and LookupError if a
         step that was asked for lacks records.
         """
-        options: dict[str, Any] = {"data": data, "after_task": after_task, "rigorous": rigorous}
-        options |= {"confidence": confidence, "inequality": inequality, "selections": selections}
+        options: dict[str, Any] = {
+            "data": data,
+            "after_task": after_task,
+            "confidence": confidence,
+            "inequality": inequality,
+            "selections": selections,
+            "rigorous": rigorous,
+        }
         if log.last_task == 0:
             raise ValueError("the log holds a header and no records: train at least one task")
         certificates: list[Certificate] = []
         skipped: list[str] = []
-        lacking: dict[str, None] = {}
+        lacking: list[str] = []
         for chain in chains:
             for step in steps or get_args(StepName):
                 if (step, chain) in (("theorem1", "refreshed"), ("pointwise", "full"), ("direct", "full")):
@@ -72,13 +78,13 @@ class Report:
                     if steps:
                         raise
                     skipped.append(f"{step} ({chain}): {error}")
-                    lacking[str(error.args[0])] = None
+                    lacking.append(str(error))
         if not certificates:
             absent = f"{', '.join(steps or ())} does not exist for the {', '.join(chains)} chain"
             cut_short = after_task is None and any(reason.startswith("the log has no record") for reason in lacking)
             earlier = log.last_task - 1 if cut_short else 0
             remedy = f"; if the run was cut short, bound the model after task {earlier} (after_task)" if earlier else ""
-            raise ValueError(f"no bound can be evaluated: {'; '.join([*lacking][:3]) or absent}{remedy}")
+            raise ValueError(f"no bound can be evaluated: {'; '.join([*dict.fromkeys(lacking)][:3]) or absent}{remedy}")
         violations = [(c, violation) for c in certificates for violation in find_violations(log, c, sigmas)]
         return Report(log, certificates, violations, skipped, sigmas)
 

@@ -91,10 +91,10 @@ def check(request: Request, folder: Path) -> int:
         data = folder / f"{folder.name}.npz"
         if data.resolve() == Path(request.data).resolve():
             raise ValueError(f"the prepared data would be written over {request.data}: choose another --out")
-        _base(request, prepared, data)  # refuses what cannot be used before anything is written
+        base = _base(request, prepared, data)  # refuses what cannot be used before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         prepared.save(data)
-        decided = _decide(request, prepared, folder)
+        decided = _decide(request, prepared, base, folder)
         write_atomic(planned, (json.dumps(decided, indent=2) + "\n").encode())
     for remark in decided["remarks"]:
         print(f"data: {remark}")
@@ -109,9 +109,8 @@ def check(request: Request, folder: Path) -> int:
     return subprocess.run(report, cwd=Path(__file__).parents[1], check=False).returncode
 
 
-def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any]:
+def _decide(request: Request, prepared: Prepared, base: RunConfig, folder: Path) -> dict[str, Any]:
     """The content of ``check.json``."""
-    base = _base(request, prepared, folder / f"{folder.name}.npz")
     stages = stages_of(prepared.n_tasks)
     plan = _plan(base, request, prepared, len(stages))
     plan["old_images"] = sum(len(task.train.labels) for task in build_stream(base, Path()).tasks[:-1])
@@ -122,9 +121,6 @@ def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any
         for method in stages
         for seed in range(plan["seeds"])
     ]
-    costs = None
-    if request.miss_cost is not None and request.alarm_cost is not None:
-        costs = {"miss": request.miss_cost, "alarm": request.alarm_cost}
     return {
         "request": dataclasses.asdict(request),
         "name": folder.name,
@@ -137,7 +133,7 @@ def _decide(request: Request, prepared: Prepared, folder: Path) -> dict[str, Any
         "confidence": request.confidence,
         "selections": len(runs),
         "defect": request.defect or None,
-        "costs": costs,
+        "costs": None if base.costs is None else {"miss": base.costs.miss, "alarm": base.costs.alarm},
         "plan": plan,
         "runs": runs,
     }

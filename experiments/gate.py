@@ -47,12 +47,12 @@ def weigh(config: RunConfig, log: LossLog, update: Sequence[Record], task: int) 
     trial = LossLog(log.header)
     for record in (*log.records, *update):
         trial.add(record)
-    options: dict[str, Any] = {"step": config.gate, "chain": "refreshed", "selections": 2 ** (task - 1)}
-    updated = certify(trial, after_task=task, confidence=config.confidence, **options)
-    current = certify(trial, after_task=task - 1, confidence=config.confidence, **options)
-    # Both at the level of the later one, which rests on more means, so that their difference is the update's.
-    share = min(len(current.statements) / len(updated.statements), 1.0)
-    current = certify(trial, after_task=task - 1, confidence=1.0 - (1.0 - config.confidence) * share, **options)
+    updated = _certify(config, trial, task, config.gate, "refreshed")
+    # The current model too at its level, though it rests on fewer means, so that their difference is the update's.
+    options: dict[str, Any] = {"chain": "refreshed", "after_task": task - 1, "selections": updated.selections}
+    means = len(certify(trial, config.gate, confidence=config.confidence, **options).statements)
+    share = means / len(updated.statements)
+    current = certify(trial, config.gate, confidence=1.0 - (1.0 - config.confidence) * share, **options)
     before, after = (math.fsum(found.per_task[: task - 1]) / (task - 1) for found in (current, updated))
     vacuous = any(bound >= log.geometry.ceiling for bound in current.per_task[: task - 1])
     return Decision(before, after, config.max_bound_increase, vacuous)

@@ -16,7 +16,7 @@ from experiments.csv_files import read_csv
 from experiments.image_files import LAYOUTS, Labelled, read_folder, resized
 from experiments.limits import check_size
 from experiments.npz_files import features, listed, pixels, read_arrays, write_arrays
-from experiments.tables import LABELS, Options, Source, Table, bytes_if_whole, from_matrix, parse_tasks
+from experiments.tables import Options, Source, Table, bytes_if_whole, from_matrix, parse_tasks
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _read_npz(path: Path, options: Options) -> Source:
         )
     tested = f"{images}_test" in arrays
     n = len(arrays[images]) if arrays[images].ndim else 0
-    asked = options.label or next((name for name in LABELS if name in arrays), "")  # of whatever length: see below
+    asked = options.label_among(arrays)  # of whatever length: see below
     columns = [
         name
         for name, values in arrays.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -83,6 +83,10 @@ class Options(NamedTuple):
     images: str | None = None
     size: int | None = None
 
+    def label_among(self, names: Collection[str]) -> str | None:
+        """The column of labels: that asked for, or else the first called y, label or class."""
+        return self.label or next((name for name in LABELS if name in names), None)
+
     def roles(self, where: object, names: Sequence[str], hint: str | None = None) -> tuple[str, str | None]:
         """The columns, among ``names``, of labels and tasks: those that were asked for, or else the first that is
         called y, label or class (or ``hint``), and task.
@@ -92,7 +96,7 @@ class Options(NamedTuple):
         task = "task" if "task" in names else None
         if self.tasks is not None:
             task = self.tasks.column or None
-        label = self.label or next((name for name in LABELS if name in names), hint)
+        label = self.label_among(names) or hint
         listed = ", ".join(map(repr, names)) or "none"
         if label is None:
             raise ValueError(f"{where}: which column holds the labels? Give label, one of {listed}")

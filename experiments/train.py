@@ -331,9 +331,9 @@ def _device(name: str) -> torch.device:
 
 
 def _check_ranks(config: RunConfig, stream: TaskStream, ranks: int) -> None:
-    fewest = min(config.batch_size, *(len(task.splits["train"].labels) for task in stream.tasks))
-    if fewest < ranks:
+    smallest = min(len(task.train.labels) for task in stream.tasks)
+    if ranks > min(config.batch_size, smallest):
         raise ValueError(
             f"{ranks} ranks need a training image each, but batch_size is {config.batch_size} and the smallest task "
-            f"has {min(len(task.splits['train'].labels) for task in stream.tasks)}: start fewer ranks"
+            f"has {smallest}: start fewer ranks"
         )

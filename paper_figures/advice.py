@@ -31,13 +31,12 @@ def headline(found: dict[str, Any]) -> list[str]:
 
 
 def _guarantee(found: dict[str, Any]) -> str:
-    certified = [bound for bound in found["bounds"] if bound["certified"] is not None and bound["step"] != "direct"]
-    tightest = min(certified, key=lambda bound: bound["certified"]["mean"])
+    tightest = _tightest(found)
     level, n_tasks = f"{100 * found['confidence']:g}%", len(found["tasks"])
     loss = found["stages"][-1]["loss"]["mean"]
     text = (
         f"With {level} confidence the contrastive loss of {found['bounds_of']}, {loss:.3g} nats a task on test tuples, "
-        f"is at most {tightest['certified']['mean']:.3g} ({tightest['name']})"
+        f"is at most {_certified(tightest):.3g} ({tightest['name']})"
     )
     if tightest["below_ceiling"] == 0:
         return f"{text}, which is the ceiling: nothing is guaranteed with so few held-out tuples."
@@ -98,13 +97,14 @@ def _parts(found: dict[str, Any]) -> list[str]:
         what = f"{part['after']} ({part['adds']}) against {part['before']}"
         interval = f"{first} {_interval(part[first], first)} over {part[first]['n']} seeds"
         other = [name for name in ("accuracy", "forgetting", "loss") if name != first and _shown(part[name])]
-        also = f" But {', '.join(f'{name} {_interval(part[name], name)}' for name in other)}." if other else ""
         if not _shown(part[first]):
-            texts.append(f"No difference in {first} shown: {what}, {interval}.{also}")
+            verdict, word = f"No difference in {first} shown", "But"
         elif (part[first]["mean"] > 0.0) == (first == "accuracy"):
-            texts.append(f"Keep it: {what}, {interval}.{also.replace('But', 'Also')}")
+            verdict, word = "Keep it", "Also"
         else:
-            texts.append(f"Leave it out: {what}, {interval}.{also}")
+            verdict, word = "Leave it out", "But"
+        also = f" {word} {', '.join(f'{name} {_interval(part[name], name)}' for name in other)}." if other else ""
+        texts.append(f"{verdict}: {what}, {interval}.{also}")
     return texts
 
 
@@ -149,8 +149,7 @@ def _bounds(found: dict[str, Any]) -> list[str]:
             f"{chain['estimate']['mean']:.3g} nats a task (ceiling {ceiling:.3g}); measured anew before the last update"
             f" it is {step['estimate']['mean']:.3g}: keep held-out images of old tasks and measure them every time."
         )
-    theory = min((b for b in bounds.values() if b["certified"] and b["step"] != "direct"), key=_certified)
-    direct = bounds["measured directly"]
+    theory, direct = _tightest(found), bounds["measured directly"]
     if _certified(direct) < _certified(theory):
         texts.append(
             f"Where held-out images of old tasks are at hand, measuring the new model on them certifies most "
@@ -162,6 +161,12 @@ def _bounds(found: dict[str, Any]) -> list[str]:
         value = "infinite" if theorem is None else f"{theorem:.3g} nats a task, above the ceiling of {ceiling:.3g}"
         texts.append(f"Training losses alone guarantee nothing here (the Theorem 1 form is {value}).")
     return texts
+
+
+def _tightest(found: dict[str, Any]) -> dict[str, Any]:
+    """The row of the theory, without the model's own measured loss, that certifies most."""
+    rows = [bound for bound in found["bounds"] if bound["certified"] is not None and bound["step"] != "direct"]
+    return min(rows, key=_certified)
 
 
 def _certified(bound: dict[str, Any]) -> float:

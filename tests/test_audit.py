@@ -344,10 +344,9 @@ def test_an_update_that_changes_nothing_is_accepted(finished: Path) -> None:
     for record in log.records:
         if record.after_task <= 3:
             trial.add(record)
-    same = [dataclasses.replace(log.measurement(3, task, "heldout"), after_task=4) for task in (1, 2, 3)] + [
-        dataclasses.replace(log.measurement(4, 4, "heldout"))
-    ]
-    decision = gate.weigh(dataclasses.replace(CONFIG, max_bound_increase=0.0), trial, same, 4)
+    same = [dataclasses.replace(log.measurement(3, task, "heldout"), after_task=4) for task in (1, 2, 3)]
+    update = [*same, log.measurement(4, 4, "heldout")]
+    decision = gate.weigh(dataclasses.replace(CONFIG, max_bound_increase=0.0), trial, update, 4)
     assert decision is not None and decision.accepted and decision.after == pytest.approx(decision.before, abs=1e-12)
 
 
